@@ -1,0 +1,367 @@
+"""The OpenAI-compatible HTTP front: a FastAPI app over a Backend. Knows neither Ray nor sockets nor models.
+
+app = create_app(backend, models=[ModelCard(...)], tokenizer=tokenizer, levels=profile.level_names)
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, TypeVar
+
+from fastapi import FastAPI, Request
+from starlette.exceptions import HTTPException
+from starlette.responses import Response
+
+from cluster.backend import Backend
+from cluster.chat import Tokenizer, chat_token_ids, completion_token_ids, render_chat
+from cluster.completion import Done, run_request
+from cluster.detokenize import OutputText, Piece
+from cluster.http_shell import (
+    ID_KEY,
+    ClientGone,
+    EventStream,
+    FrontDoor,
+    error_response,
+    sse,
+    to_json,
+    unless_client_leaves,
+)
+from cluster.metrics import GatewayMetrics
+from cluster.openai_answers import AnswerFormat, ModelCard
+from cluster.openai_schema import (
+    REQUEST_ID,
+    APIError,
+    ChatBody,
+    CompletionBody,
+    GenerationBody,
+    KVOptions,
+    TokenizeBody,
+    check_kv_options,
+    parse_body,
+    resolve_max_tokens,
+)
+from decode.requests import GenerationRequest
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may use all that its context leaves
+HEALTH_TIMEOUT_S = 5.0
+
+
+def kvstream_version() -> str:
+    """The installed version."""
+    try:
+        return version("kvstream")
+    except PackageNotFoundError:
+        return "unknown"
+
+
+def create_app(
+    backend: Backend,
+    *,
+    models: Sequence[ModelCard],
+    tokenizer: Tokenizer,
+    levels: Sequence[str],
+    eos_token_ids: Collection[int] = (),
+    api_keys: Sequence[str] = (),
+    max_body_bytes: int = 8 * 2**20,
+    stall_s: float = 60.0,
+) -> FastAPI:
+    """The app, ready for uvicorn. `levels`: the codec's, best first; the first model is the default."""
+    gateway = Gateway(
+        backend,
+        models=models,
+        tokenizer=tokenizer,
+        levels=levels,
+        eos_token_ids=eos_token_ids,
+        stall_s=stall_s,
+    )
+    app = FastAPI(title="kvstream", version=kvstream_version(), docs_url=None, redoc_url=None)
+
+    def post(path: str, endpoint: Callable[..., Any], schema: Any) -> None:
+        body = {"content": {"application/json": {"schema": schema.model_json_schema()}}, "required": True}
+        app.add_api_route(path, endpoint, methods=["POST"], openapi_extra={"requestBody": body})
+
+    post("/v1/completions", gateway.completions, CompletionBody)
+    post("/v1/chat/completions", gateway.chat_completions, ChatBody)
+    post("/tokenize", gateway.tokenize, TokenizeBody)
+    app.add_api_route("/v1/models", gateway.list_models, methods=["GET"])
+    app.add_api_route("/v1/models/{model_id:path}", gateway.show_model, methods=["GET"])
+    app.add_api_route("/v1/receipts/{request_id}", gateway.receipt, methods=["GET"])
+    app.add_api_route("/health", gateway.health, methods=["GET"])
+    app.add_api_route("/metrics", gateway.metrics_text, methods=["GET"])
+    app.add_api_route("/version", gateway.version, methods=["GET"])
+    app.add_exception_handler(APIError, gateway.on_api_error)
+    app.add_exception_handler(HTTPException, _on_http_error)
+    app.add_exception_handler(ClientGone, _on_client_gone)
+    app.add_exception_handler(Exception, _on_unexpected)
+    app.add_middleware(FrontDoor, api_keys=api_keys, max_body_bytes=max_body_bytes)
+    return app
+
+
+class Gateway:
+    """The endpoints and what they share."""
+
+    def __init__(
+        self,
+        backend: Backend,
+        *,
+        models: Sequence[ModelCard],
+        tokenizer: Tokenizer,
+        levels: Sequence[str],
+        eos_token_ids: Collection[int],
+        stall_s: float,
+    ) -> None:
+        assert models, "a gateway serves at least one model"
+        self._backend = backend
+        self._models = {card.id: card for card in models}
+        self._default_model = models[0]
+        self._tokenizer = tokenizer
+        self._levels = tuple(levels)
+        self._eos_token_ids = frozenset(eos_token_ids)
+        self._stall_s = stall_s
+        self._metrics = GatewayMetrics()
+        self._in_flight: set[str] = set()
+        # Tokenizing a long prompt takes milliseconds that other streams should not wait for; one thread, as
+        # tokenizers are not promised to be safe with several.
+        self._tokenizer_thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="tokenizer")
+
+    # -- generation--
+
+    async def completions(self, request: Request) -> Response:
+        body = parse_body(await request.body(), CompletionBody)
+        card = self._card(body.model)
+        token_ids = await self._off_loop(
+            lambda: completion_token_ids(self._tokenizer, body, vocab_size=card.vocab_size)
+        )
+        return await self._answer(request, body, card, token_ids, kind="completion")
+
+    async def chat_completions(self, request: Request) -> Response:
+        body = parse_body(await request.body(), ChatBody)
+        card = self._card(body.model)
+        token_ids = await self._off_loop(
+            lambda: chat_token_ids(
+                self._tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt
+            )
+        )
+        return await self._answer(request, body, card, token_ids, kind="chat")
+
+    async def _answer(
+        self, request: Request, body: GenerationBody, card: ModelCard, token_ids: list[int], *, kind: Any
+    ) -> Response:
+        generation = self._generation(request, body, card, token_ids, is_chat=kind == "chat")
+        request_id = generation.request_id
+        request.scope[ID_KEY] = request_id
+        answer = AnswerFormat(
+            kind=kind,
+            request_id=request_id,
+            model=card.id,
+            created=int(time.time()),
+            include_usage=bool(body.stream_options and body.stream_options.include_usage),
+            prompt_token_ids=generation.token_ids if body.return_token_ids else None,
+        )
+        silent = {*generation.sampling.stop_token_ids, *(() if body.ignore_eos else self._eos_token_ids)}
+        output = OutputText(
+            lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True),
+            stops=body.stops(),
+            silent_ids=silent,
+        )
+        if request_id in self._in_flight:
+            raise APIError(
+                409, f"request_id {request_id!r} is in use", code="request_id_in_use", param="request_id"
+            )
+        self._in_flight.add(request_id)
+        pieces = run_request(self._backend, generation, output, self._metrics)
+
+        async def close() -> None:
+            self._in_flight.discard(request_id)
+            await pieces.aclose()
+
+        try:
+            if not body.stream:
+                try:
+                    whole = await unless_client_leaves(request.receive, _collect(pieces, answer))
+                finally:
+                    await close()
+                return Response(to_json(whole), media_type="application/json")
+            # Nothing is promised to the client before the first token: a request that fails until then gets its
+            # HTTP status, not a stream that starts well.
+            first = await unless_client_leaves(request.receive, anext(pieces))
+        except BaseException:
+            await close()
+            raise
+        return EventStream(_stream(first, pieces, answer, self._metrics), close=close, stall_s=self._stall_s)
+
+    def _generation(
+        self, request: Request, body: GenerationBody, card: ModelCard, token_ids: list[int], *, is_chat: bool
+    ) -> GenerationRequest:
+        options = body.kv or KVOptions()
+        check_kv_options(options, self._levels)
+        ttft_ms = options.ttft_ms if options.ttft_ms is not None else _ttft_header(request)
+        request_id = body.request_id if body.request_id is not None else request.scope[ID_KEY]
+        if not REQUEST_ID.fullmatch(request_id):
+            message = "request_id: 1 to 128 letters, digits, dots, colons, dashes or underscores"
+            raise APIError(400, message, code="invalid_value", param="request_id")
+        max_tokens = resolve_max_tokens(
+            body.token_limit(),
+            prompt_tokens=len(token_ids),
+            max_context=card.max_context,
+            default=None if is_chat else DEFAULT_COMPLETION_TOKENS,
+        )
+        return GenerationRequest(
+            request_id=request_id,
+            token_ids=tuple(token_ids),
+            sampling=body.sampling(max_tokens),
+            kv_mode=options.mode,
+            ttft_s=None if ttft_ms is None else ttft_ms / 1000,
+            floor=options.floor,
+            cache_salt=body.cache_salt or "",
+        )
+
+    # -- the rest--
+
+    async def tokenize(self, request: Request) -> Response:
+        body = parse_body(await request.body(), TokenizeBody)
+        card = self._card(body.model)
+        if (body.prompt is None) == (body.messages is None):
+            raise APIError(400, "send either `prompt` or `messages`", code="invalid_value", param="prompt")
+
+        def tokens() -> list[int]:
+            if body.messages is None:
+                return self._tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
+            text = render_chat(
+                self._tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt
+            )
+            return self._tokenizer.encode(text, add_special_tokens=False)
+
+        token_ids = await self._off_loop(tokens)
+        return _json({"count": len(token_ids), "max_model_len": card.max_context, "tokens": token_ids})
+
+    async def list_models(self) -> Response:
+        return _json({"object": "list", "data": [card.to_dict() for card in self._models.values()]})
+
+    async def show_model(self, model_id: str) -> Response:
+        return _json(self._card(model_id).to_dict())
+
+    async def receipt(self, request_id: str) -> Response:
+        plain = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
+        for candidate in dict.fromkeys((request_id, plain)):
+            receipt = await self._backend.receipt(candidate)
+            if receipt is not None:
+                return _json(receipt)
+        raise APIError(404, f"no receipt of a request {request_id!r} is kept", code="receipt_not_found")
+
+    async def health(self) -> Response:
+        try:
+            report = await asyncio.wait_for(self._backend.health(), HEALTH_TIMEOUT_S)
+        except Exception as error:
+            report = {"status": "unavailable", "reason": f"{type(error).__name__}: {error}"}
+        return _json(report, status=200 if report.get("status") == "ok" else 503)
+
+    async def metrics_text(self) -> Response:
+        try:
+            workers = await asyncio.wait_for(self._backend.metrics_text(), HEALTH_TIMEOUT_S)
+        except Exception:
+            log.exception("no metrics from the workers")
+            workers = ""
+        return Response(self._metrics.text() + workers, media_type="text/plain; version=0.0.4")
+
+    async def version(self) -> Response:
+        return _json({"version": kvstream_version()})
+
+    async def on_api_error(self, request: Request, error: Exception) -> Response:
+        assert isinstance(error, APIError)
+        self._metrics.failure.labels(status=str(error.status)).inc()
+        return error_response(error)
+
+    def _card(self, name: str | None) -> ModelCard:
+        card = self._models.get(name) if name is not None else self._default_model
+        if card is None:
+            known = ", ".join(self._models)
+            raise APIError(
+                404,
+                f"there is no model {name!r} here; models: {known}",
+                code="model_not_found",
+                param="model",
+            )
+        return card
+
+    async def _off_loop(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, work)
+
+
+async def _collect(pieces: AsyncIterator[Piece | Done], answer: AnswerFormat) -> dict[str, Any]:
+    collected: list[Piece] = []
+    async for piece in pieces:
+        if isinstance(piece, Done):
+            return answer.whole(collected, piece)
+        collected.append(piece)
+    raise AssertionError("run_request ends with Done or raises")
+
+
+async def _stream(
+    first: Piece | Done, rest: AsyncIterator[Piece | Done], answer: AnswerFormat, metrics: GatewayMetrics
+) -> AsyncGenerator[bytes, None]:
+    for chunk in answer.first():
+        yield sse(chunk)
+    piece, is_first = first, True
+    try:
+        while not isinstance(piece, Done):
+            yield sse(answer.piece(piece, is_first=is_first))
+            piece, is_first = await anext(rest), False
+        for chunk in answer.last(piece):
+            yield sse(chunk)
+    except APIError as error:  # too late for a status
+        metrics.failure.labels(status=str(error.status)).inc()
+        yield sse(error.body())
+    yield sse(b"[DONE]")
+
+
+def _ttft_header(request: Request) -> float | None:
+    value = request.headers.get("x-slo-ttft-ms")
+    if value is None:
+        return None
+    try:
+        ttft_ms = float(value)
+    except ValueError:
+        ttft_ms = -1.0
+    if not 0 <= ttft_ms <= 3_600_000:
+        raise APIError(
+            400,
+            f"x-slo-ttft-ms: {value!r} is no number of milliseconds",
+            code="invalid_value",
+            param="x-slo-ttft-ms",
+        )
+    return ttft_ms
+
+
+def _json(value: Any, *, status: int = 200) -> Response:
+    return Response(to_json(value), status_code=status, media_type="application/json")
+
+
+async def _on_http_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = {
+        404: f"there is no {request.url.path} here",
+        405: f"{request.method} is not allowed on {request.url.path}",
+    }.get(error.status_code, str(error.detail))
+    return error_response(
+        APIError(error.status_code, message, code=message and error.detail.lower().replace(" ", "_"))
+    )
+
+
+async def _on_client_gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=499)  # nobody reads it; the access log does
+
+
+async def _on_unexpected(request: Request, error: Exception) -> Response:
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(
+        APIError(500, "internal error; the server's log has the details", code="internal_error")
+    )
