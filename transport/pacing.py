@@ -1,0 +1,103 @@
+"""What a sink learns of a link from arrivals alone, and how much it lets the source commit to it. Pure, no clock.
+
+Nothing that a socket has accepted can be recalled, so the unacknowledged bytes are kept near what the link holds
+anyway: gain × delivery rate × (smallest round trip + scheduling slack), never under two parts. The *smallest* round
+trip, because the usual one contains the queue that we ourselves build; the *largest* of the last rates, because a
+link that is slow for one sample is more often a busy processor.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+
+from transport.limits import Pacing
+
+SAMPLE_S = 0.02  # of wire time ...
+FAST_SAMPLE_S, FAST_SAMPLE_PARTS = 0.005, 16  # ... or this, where many parts smooth out how the processor served us
+RATE_SAMPLES = 8  # so a link that slowed is believed after 8 samples
+MEMORY_S = 60.0
+
+
+class RecentMin:
+    """The smallest value of the last one to two memory periods."""
+
+    def __init__(self) -> None:
+        self._now: float | None = None
+        self._before: float | None = None
+        self._since = 0.0
+
+    def add(self, value: float, now: float) -> None:
+        if now - self._since > MEMORY_S:
+            self._before, self._now, self._since = self._now, None, now
+        self._now = value if self._now is None else min(self._now, value)
+
+    @property
+    def value(self) -> float | None:
+        known = [value for value in (self._now, self._before) if value is not None]
+        return min(known) if known else None
+
+
+class LinkPacer:
+    def __init__(self, pacing: Pacing) -> None:
+        self._pacing = pacing
+        self._rates: deque[float] = deque(maxlen=RATE_SAMPLES)  # bytes per second
+        self._sample_s = 0.0
+        self._sample_bytes = 0
+        self._sample_parts = 0
+        self._growing = True
+        self._last_part_at = float("-inf")
+        self._rtt = RecentMin()
+        # Smallest (arrival on our clock − departure on the source's): their clocks' offset plus the one-way delay.
+        self._one_way = RecentMin()
+
+    def on_rtt(self, rtt_s: float, now: float) -> None:
+        self._rtt.add(rtt_s, now)
+
+    def on_departure(self, sent_us: int, at: float) -> None:
+        """A small message told when it left."""
+        self._one_way.add(at - sent_us * 1e-6, at)
+
+    def on_part(self, num_bytes: int, *, sent_us: int, at: float) -> float:
+        """Returns wire_s: how long the link was busy with this part."""
+        one_way_s = self._one_way.value
+        left_at = at if one_way_s is None else min(at, sent_us * 1e-6 + one_way_s)
+        wire_s = at - max(self._last_part_at, left_at)
+        self._last_part_at = at
+        self._sample_s += wire_s
+        self._sample_bytes += num_bytes
+        self._sample_parts += 1
+        fast = self._sample_s >= FAST_SAMPLE_S and self._sample_parts >= FAST_SAMPLE_PARTS
+        if fast or self._sample_s >= SAMPLE_S:
+            rate = self._sample_bytes / self._sample_s
+            self._growing = not self._rates or rate > 1.25 * max(self._rates)
+            self._rates.append(rate)
+            self._sample_s, self._sample_bytes, self._sample_parts = 0.0, 0, 0
+        return wire_s
+
+    @property
+    def rate(self) -> float | None:
+        """Delivery rate in bytes per second; None before the first sample."""
+        return max(self._rates) if self._rates else None
+
+    @property
+    def rtt_s(self) -> float | None:
+        return self._rtt.value
+
+    @property
+    def part_bytes(self) -> int:
+        """A power of two, so that sizes do not jitter with every sample."""
+        pacing = self._pacing
+        if self.rate is None:
+            return pacing.first_part_bytes
+        wanted = max(1, int(self.rate * pacing.part_s))
+        return min(pacing.max_part_bytes, max(pacing.min_part_bytes, 1 << (wanted.bit_length() - 1)))
+
+    @property
+    def window_bytes(self) -> int:
+        pacing = self._pacing
+        floor = pacing.min_window_parts * self.part_bytes
+        if self.rate is None:
+            return floor
+        gain = pacing.startup_gain if self._growing else pacing.gain
+        wanted = int(gain * self.rate * ((self.rtt_s or 0.0) + pacing.scheduling_slack_s))
+        return min(pacing.max_window_bytes, max(floor, wanted))

@@ -1,0 +1,405 @@
+"""The sending end of the transfer protocol as a pure machine: handle(event, now) -> [command].
+
+Never sleeps, reads a clock or opens a socket. One Source serves all sinks of a process. Per sink there is a session
+with one credit for all its transfers; parts of different transfers take turns under it, the parts of one transfer
+stay in order. A chunk request stands, and may be amended, until the owner takes it to encode it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from transport.events import BacklogLow, ChunkRequested, SourceEvent, TransferClosed, TransferOpened
+from transport.limits import Limits, Timing
+from transport.messages import (
+    Accept,
+    Close,
+    Credit,
+    Fail,
+    Goodbye,
+    Greeting,
+    Hello,
+    Message,
+    Open,
+    Packet,
+    Part,
+    Ping,
+    Pong,
+    Request,
+    Reset,
+    TurnedAway,
+    Welcome,
+    Withdraw,
+    find_mismatch,
+)
+from transport.source_state import (
+    AcceptTransfer,
+    Command,
+    EndTransfer,
+    FailChunk,
+    Notify,
+    Outgoing,
+    PeerGone,
+    Received,
+    Send,
+    Session,
+    Shutdown,
+    SourceInput,
+    Standing,
+    SupplyChunk,
+    Tick,
+    Transfer,
+)
+
+
+class Source:
+    def __init__(
+        self,
+        *,
+        greeting: Greeting,
+        incarnation: str,
+        limits: Limits | None = None,
+        timing: Timing | None = None,
+    ) -> None:
+        self._greeting = greeting
+        self._incarnation = incarnation
+        self._limits = limits or Limits()
+        self._timing = timing or Timing()
+        self._sessions: dict[str, Session] = {}  # by peer: the identity of its socket
+        self._transfers: dict[str, Transfer] = {}
+        self._queued_bytes = 0
+        self._out: list[Command] = []
+        self._now = 0.0
+        self.num_dropped = 0  # packets of another session, duplicates, blobs nobody waits for
+
+    def handle(self, event: SourceInput, now: float) -> list[Command]:
+        self._now = now
+        self._INPUTS[type(event)](self, event)
+        out, self._out = self._out, []
+        return out
+
+    # -- what the owner does; a transfer that has ended meanwhile is no error --
+
+    def _accept(self, event: AcceptTransfer) -> None:
+        transfer = self._transfers.get(event.transfer_id)
+        if transfer is None or transfer.accepted:
+            return
+        transfer.accepted = True
+        self._send(transfer.session, Accept(transfer=transfer.id, body=event.body))
+        for chunk, standing in transfer.standing.items():
+            self._announce(transfer, chunk, standing)
+
+    def take(self, transfer_id: str, chunk: int) -> str | None:
+        """The level to encode this chunk at, now; from here on it cannot be amended. None if there is nothing to do:
+        withdrawn, closed, or taken before."""
+        transfer = self._transfers.get(transfer_id)
+        standing = transfer.standing.get(chunk) if transfer is not None and transfer.accepted else None
+        if standing is None or standing.taken:
+            return None
+        standing.taken = True
+        return standing.level
+
+    def _supply(self, event: SupplyChunk) -> None:
+        transfer = self._transfers.get(event.transfer_id)
+        standing = transfer.standing.get(event.chunk) if transfer is not None else None
+        if transfer is None or standing is None or not (standing.taken or standing.level == event.level):
+            self.num_dropped += 1  # withdrawn or closed while it was encoded
+            return
+        blob = memoryview(event.blob).cast("B")
+        size = len(blob)
+        if size > self._limits.blob_bytes or self._queued_bytes + size > self._limits.queued_bytes:
+            reason = f"a blob of {size} bytes passes the source's limits"
+            return self._fail(FailChunk(transfer_id=transfer.id, chunk=event.chunk, reason=reason))
+        del transfer.standing[event.chunk]
+        transfer.finished[event.chunk] = standing.ask
+        outgoing = Outgoing(
+            chunk=event.chunk, ask=standing.ask, level=event.level, priority=standing.priority, blob=blob
+        )
+        transfer.enqueue(outgoing)
+        self._queued_bytes += size
+        self._pump(transfer.session)
+
+    def _fail(self, event: FailChunk) -> None:
+        transfer = self._transfers.get(event.transfer_id)
+        standing = transfer.standing.pop(event.chunk, None) if transfer is not None else None
+        if transfer is None or standing is None:
+            return
+        transfer.finished[event.chunk] = standing.ask
+        reason = event.reason[: self._limits.reason_chars]
+        self._send(
+            transfer.session,
+            Fail(transfer=transfer.id, chunk=event.chunk, ask=standing.ask, reason=reason),
+        )
+
+    def _end_by_owner(self, event: EndTransfer) -> None:
+        transfer = self._transfers.get(event.transfer_id)
+        if transfer is not None:
+            reason = event.reason[: self._limits.reason_chars]
+            self._send(transfer.session, Close(transfer=transfer.id, reason=reason))
+            self._end(transfer)
+
+    def _shutdown(self, event: Shutdown) -> None:
+        for session in list(self._sessions.values()):
+            self._send(session, Goodbye(reason=event.reason))
+            self._drop(session, event.reason)
+
+    # -- what comes from the network --
+
+    def _received(self, event: Received) -> None:
+        packet, message = event.packet, event.packet.message
+        if type(message) is Hello:
+            return self._on_hello(event.peer, packet, message)
+        session = self._sessions.get(event.peer)
+        if session is None:
+            self.num_dropped += 1
+            if type(message) not in (Reset, TurnedAway, Goodbye, Close):
+                self._send_outside(
+                    event.peer, packet.epoch, Reset(reason="no such session here; greet again")
+                )
+            return
+        stale = (packet.incarnation, packet.epoch) != (session.incarnation, session.epoch)
+        if stale or packet.seq <= session.in_seq:
+            self.num_dropped += 1
+            return
+        if packet.seq != session.in_seq + 1:
+            return self._reset(session, f"messages {session.in_seq + 1} to {packet.seq - 1} were lost")
+        session.in_seq = packet.seq
+        session.last_heard, session.suspect = self._now, False
+        handler = self._MESSAGES.get(type(message))
+        if handler is None:
+            return self._reset(session, f"a receiver does not send {type(message).__name__}")
+        handler(self, session, message)
+
+    def _on_hello(self, peer: str, packet: Packet, hello: Hello) -> None:
+        if peer in self._sessions or packet.seq != 1:
+            self.num_dropped += 1  # a duplicate
+            return
+        for other in list(self._sessions.values()):
+            if (other.incarnation, other.via) == (packet.incarnation, hello.via):
+                if other.epoch >= packet.epoch:
+                    self.num_dropped += 1  # late: this sink has greeted again since
+                    return
+                self._drop(other, "the receiver greeted again")
+        differs = find_mismatch(source=self._greeting.fields(), sink=hello.fields)
+        if differs is not None:
+            answer = TurnedAway(
+                reason=str(differs),
+                field=differs.field,
+                source_value=differs.source_value,
+                sink_value=differs.sink_value,
+            )
+            return self._send_outside(peer, packet.epoch, answer)
+        if len(self._sessions) >= self._limits.peers:
+            reason = f"{self._limits.peers} receivers are connected already, the limit of this source"
+            return self._send_outside(peer, packet.epoch, Reset(reason=reason))
+        session = Session(
+            peer=peer,
+            incarnation=packet.incarnation,
+            epoch=packet.epoch,
+            via=hello.via,
+            in_seq=1,
+            last_heard=self._now,
+        )
+        self._sessions[peer] = session
+        self._send(session, Welcome(sent_us=int(self._now * 1e6), fields=self._greeting.fields()))
+
+    def _on_open(self, session: Session, message: Open) -> None:
+        if message.transfer in self._transfers:
+            return self._send(session, Close(transfer=message.transfer, reason="this transfer id is in use"))
+        if len(session.transfers) >= self._limits.transfers_per_peer:
+            reason = f"{self._limits.transfers_per_peer} transfers are open, the limit per receiver"
+            return self._send(session, Close(transfer=message.transfer, reason=reason))
+        transfer = Transfer(id=message.transfer, session=session)
+        self._transfers[transfer.id] = session.transfers[transfer.id] = transfer
+        self._notify(
+            TransferOpened(transfer_id=transfer.id, at=self._now, peer=session.incarnation, body=message.body)
+        )
+
+    def _on_request(self, session: Session, message: Request) -> None:
+        transfer = session.transfers.get(message.transfer)
+        if transfer is None or message.ask <= transfer.finished.get(message.chunk, 0):
+            self.num_dropped += 1  # it has ended, or it comes too late to amend what is sent already
+            return
+        standing = transfer.standing.get(message.chunk)
+        if standing is None or standing.ask < message.ask:
+            if len(transfer.standing) + len(transfer.finished) >= 2 * self._limits.chunks_per_transfer:
+                reason = f"more than {self._limits.chunks_per_transfer} chunks asked for in one transfer"
+                return self._end_by_owner(EndTransfer(transfer_id=transfer.id, reason=reason))
+            standing = Standing(ask=message.ask, level=message.level, priority=message.priority)
+            transfer.standing[message.chunk] = standing
+        elif standing.taken:
+            return  # being encoded: too late
+        else:
+            standing.level, standing.priority = message.level, message.priority
+        if transfer.accepted:
+            self._announce(transfer, message.chunk, standing)
+
+    def _on_withdraw(self, session: Session, message: Withdraw) -> None:
+        transfer = session.transfers.get(message.transfer)
+        if transfer is None:
+            return
+        transfer.finished[message.chunk] = max(message.ask, transfer.finished.get(message.chunk, 0))
+        standing = transfer.standing.get(message.chunk)
+        if standing is not None and standing.ask <= message.ask:
+            del transfer.standing[message.chunk]
+        self._queued_bytes -= transfer.discard(message.chunk, message.ask)
+        self._pump(session)
+
+    def _on_credit(self, session: Session, message: Credit) -> None:
+        session.limit_bytes = max(session.limit_bytes, message.limit_bytes)
+        session.part_bytes = max(1024, min(message.part_bytes, self._limits.part_bytes))
+        self._pump(session)
+
+    def _on_close(self, session: Session, message: Close) -> None:
+        transfer = session.transfers.get(message.transfer)
+        if transfer is not None:
+            self._end(transfer)
+            self._notify(TransferClosed(transfer_id=transfer.id, at=self._now, reason=message.reason))
+
+    def _on_ping(self, session: Session, message: Ping) -> None:
+        self._send(session, Pong(token=message.token, sent_us=int(self._now * 1e6)))
+
+    def _on_pong(self, session: Session, message: Pong) -> None:
+        pass  # hearing it was the point
+
+    def _on_goodbye(self, session: Session, message: Goodbye) -> None:
+        self._drop(session, message.reason)
+
+    def _peer_gone(self, event: PeerGone) -> None:
+        session = self._sessions.get(event.peer)
+        if session is not None:
+            self._drop(session, event.reason)
+
+    # -- time --
+
+    def _tick(self, event: Tick) -> None:
+        for session in list(self._sessions.values()):
+            silent_s = self._now - session.last_heard
+            if silent_s >= self._timing.lease_s:
+                self._drop(session, f"the receiver was silent for {self._timing.lease_s:g} s")
+                continue
+            session.suspect = silent_s >= self._timing.suspect_s
+            if self._now - session.last_sent >= self._timing.heartbeat_s:
+                self._send(session, Ping(token=session.out_seq))
+
+    # -- sending --
+
+    def _pump(self, session: Session) -> None:
+        """Send parts while the credit lasts: the most urgent transfer first, equals in turn."""
+        while (transfer := session.next_ready()) is not None:
+            outgoing = transfer.queue[0]
+            size = min(session.part_bytes, len(outgoing.blob) - outgoing.sent)
+            if session.sent_bytes + size > session.limit_bytes:
+                return
+            part = Part(
+                transfer=transfer.id,
+                chunk=outgoing.chunk,
+                ask=outgoing.ask,
+                level=outgoing.level,
+                offset=outgoing.sent,
+                total=len(outgoing.blob),
+                sent_us=int(self._now * 1e6),
+                data=outgoing.blob[outgoing.sent : outgoing.sent + size],
+            )
+            before = transfer.unsent_bytes
+            session.sent_bytes += size
+            outgoing.sent += size
+            transfer.unsent_bytes -= size
+            self._queued_bytes -= size
+            self._send(session, part)
+            if outgoing.sent == len(outgoing.blob):
+                transfer.queue.popleft()
+            session.rotate(transfer)
+            low_water = session.limit_bytes - session.sent_bytes + 4 * session.part_bytes
+            if transfer.unsent_bytes == 0 or before > low_water >= transfer.unsent_bytes:
+                self._notify(BacklogLow(transfer_id=transfer.id, at=self._now))
+
+    def _send(self, session: Session, message: Message) -> None:
+        session.out_seq += 1
+        session.last_sent = self._now
+        packet = Packet(
+            incarnation=self._incarnation, epoch=session.epoch, seq=session.out_seq, message=message
+        )
+        self._out.append(Send(peer=session.peer, packet=packet))
+
+    def _send_outside(self, peer: str, epoch: int, message: Message) -> None:
+        packet = Packet(incarnation=self._incarnation, epoch=epoch, seq=0, message=message)
+        self._out.append(Send(peer=peer, packet=packet))
+
+    def _announce(self, transfer: Transfer, chunk: int, standing: Standing) -> None:
+        self._notify(
+            ChunkRequested(
+                transfer_id=transfer.id,
+                at=self._now,
+                chunk=chunk,
+                level=standing.level,
+                priority=standing.priority,
+            )
+        )
+
+    def _notify(self, event: SourceEvent) -> None:
+        self._out.append(Notify(event=event))
+
+    # -- endings --
+
+    def _reset(self, session: Session, reason: str) -> None:
+        self._send_outside(session.peer, session.epoch, Reset(reason=reason))
+        self._drop(session, reason)
+
+    def _drop(self, session: Session, reason: str) -> None:
+        del self._sessions[session.peer]
+        for transfer in list(session.transfers.values()):
+            self._end(transfer)
+            self._notify(TransferClosed(transfer_id=transfer.id, at=self._now, reason=reason))
+
+    def _end(self, transfer: Transfer) -> None:
+        self._queued_bytes -= transfer.unsent_bytes
+        transfer.queue.clear()
+        del self._transfers[transfer.id], transfer.session.transfers[transfer.id]
+
+    # -- what the owner may look at --
+
+    def backlog_bytes(self, transfer_id: str) -> int:
+        """Supplied and not yet sent. Encode the next chunk when this is low: until then its level can be amended."""
+        transfer = self._transfers.get(transfer_id)
+        return transfer.unsent_bytes if transfer is not None else 0
+
+    @property
+    def num_transfers(self) -> int:
+        return len(self._transfers)
+
+    @property
+    def suspects(self) -> list[str]:
+        return [session.incarnation for session in self._sessions.values() if session.suspect]
+
+    def check_integrity(self) -> None:
+        """Every count adds up and nothing points at what has ended. Run at every test's end."""
+        assert sum(len(session.transfers) for session in self._sessions.values()) == len(self._transfers)
+        assert sum(transfer.unsent_bytes for transfer in self._transfers.values()) == self._queued_bytes
+        for transfer in self._transfers.values():
+            assert self._sessions[transfer.session.peer].transfers[transfer.id] is transfer
+            transfer.check_integrity()
+        for session in self._sessions.values():
+            assert session.sent_bytes <= session.limit_bytes
+
+    _INPUTS: dict[type, Callable[[Source, Any], None]] = {
+        AcceptTransfer: _accept,
+        SupplyChunk: _supply,
+        FailChunk: _fail,
+        EndTransfer: _end_by_owner,
+        Received: _received,
+        PeerGone: _peer_gone,
+        Tick: _tick,
+        Shutdown: _shutdown,
+    }
+    _MESSAGES: dict[type, Callable[[Source, Session, Any], None]] = {
+        Open: _on_open,
+        Request: _on_request,
+        Withdraw: _on_withdraw,
+        Credit: _on_credit,
+        Close: _on_close,
+        Ping: _on_ping,
+        Pong: _on_pong,
+        Goodbye: _on_goodbye,
+    }
