@@ -2,11 +2,16 @@
 
 Arithmetic only. What makes it *schedule-invariant* (a row's bits do not depend on who shares the call):
 - keys are cut at absolute positions 0, 256, 512, ...; a tile is computed as if it were alone;
-- each tile's partial softmax is scaled by a power of two (2 to the ceiling of its own maximum), so that merging
+- a tile's partial softmax is scaled by a power of two (2 to the ceiling of its own maximum), so that merging
   partials in ascending order rescales without rounding, and a tile with nothing visible changes no bit;
-- query rows come in multiples of `ROW_MULTIPLE`, where the matrix kernels below treat every row alike.
+- the two matrix products are of one fixed depth (head dim, tile) and treat every row alike, however many
+  there are. That is measured, not promised by anyone: `row_invariance.py` checks it where the engine starts.
 
-Shapes: `X` independent matrices (sequence, tile, KV head), `R` query rows, `S = TILE_TOKENS` keys, `D`/`Dv` head dims.
+Scores of bf16 models are rounded to bf16 (as transformers' eager attention does; measured in docs/engine.md),
+everything after that is float32 but for the operands of the product with the values.
+
+Shapes: `X` independent matrices (sequence, tile, KV head), `R` query rows, `S = TILE_TOKENS` keys,
+`D`, `Dv` head dims.
 """
 
 from __future__ import annotations
@@ -17,58 +22,49 @@ import torch
 from torch import Tensor
 
 TILE_TOKENS = 256
-ROW_MULTIPLE = 16
-# Stands for "not visible". Finite, so that a row or tile with nothing visible gives no NaN; anything found with it is
-# multiplied by an exact zero as soon as one visible key is merged.
-HIDDEN = -1e30
-LOG2_E = math.log2(math.e)
-
-
-def padded_rows(rows: int) -> int:
-    """`rows` rounded up to what the kernels want."""
-    return -(-rows // ROW_MULTIPLE) * ROW_MULTIPLE
-
-
-def scaled_queries(q: Tensor, scale: float, softcap: float | None) -> Tensor:
-    """Queries in float32 with the scale (and, without a softcap, the change to base 2) folded in."""
-    return q.float() * (scale if softcap is not None else scale * LOG2_E)
+# Added to the score of a key that must not be seen: the sum is -1e30 whatever the score was, and weighs 0.
+HIDDEN_BIAS = -1e30
+# The exponent of a tile with nothing visible: below every real one, above HIDDEN_BIAS, so nothing turns into NaN.
+_LEAST_EXPONENT = -1e20
+_LOG2_E = math.log2(math.e)
 
 
 def tile_partials(
-    q: Tensor, k: Tensor, v: Tensor, hidden: Tensor | None, softcap: float | None = None
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, *, scale: float, softcap: float | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One tile of keys for each of X matrices.
 
-    `q` [X, R, D] float32 from `scaled_queries`; `k` [X, S, D] and `v` [X, S, Dv] in the cache's dtype, finite;
-    `hidden` bool, broadcastable to [X, R, S], true where the key must not be seen.
-    Returns the exponent `m` [X, R, 1] (integers as float32), the sum `l` [X, R, 1] and the weighted values
-    `o` [X, R, Dv], all float32, both in units of 2**m.
+    `q` [X, R, D], `k` [X, S, D] and `v` [X, S, Dv] in the model's dtype, finite; `bias` float32, broadcastable to
+    [X, R, S], 0 or `HIDDEN_BIAS`. Returns the exponent `m` [X, R, 1] (an integer), the sum of weights
+    [X, R, 1] and the weighted values [X, R, Dv], all float32, both in units of 2**m.
     """
-    scores = torch.bmm(q, k.float().transpose(1, 2))
-    if softcap is not None:
-        scores.div_(softcap).tanh_().mul_(softcap * LOG2_E)
-    if hidden is not None:
-        scores.masked_fill_(hidden, HIDDEN)
-    m = scores.amax(-1, keepdim=True).ceil_()
-    weights = scores.sub_(m).exp2_()
-    total = weights.sum(-1, keepdim=True)
-    return m, total, torch.bmm(weights.to(v.dtype), v).float()
+    scores = torch.bmm(q, k.transpose(1, 2)).float()
+    if softcap is None:
+        factor = scale * _LOG2_E
+    else:
+        scores.mul_(scale / softcap).tanh_()
+        factor = softcap * _LOG2_E
+    if bias is not None:
+        scores.add_(bias)
+    m = scores.amax(-1, keepdim=True).mul_(factor).ceil_().clamp_(min=_LEAST_EXPONENT)
+    weights = torch.add(-m, scores, alpha=factor, out=scores).exp2_()
+    return m, weights.sum(-1, keepdim=True), torch.bmm(weights.to(v.dtype), v).float()
 
 
 class RunningSoftmax:
     """The merge of tiles, in ascending order of position."""
 
-    def __init__(self, m: Tensor, total: Tensor, o: Tensor) -> None:
-        self._m, self._total, self._o = m, total, o
+    def __init__(self, m: Tensor, total: Tensor, weighted: Tensor) -> None:
+        self._m, self._total, self._weighted = m, total, weighted
 
-    def merge(self, m: Tensor, total: Tensor, o: Tensor) -> None:
-        """Add the next tile. All three tensors may be overwritten."""
+    def merge(self, m: Tensor, total: Tensor, weighted: Tensor) -> None:
+        """Add the next tile. Its tensors may be overwritten."""
         top = torch.maximum(self._m, m)
         keep, take = torch.exp2(self._m - top), torch.exp2(m - top)
         self._m = top
         self._total = self._total.mul_(keep).add_(total.mul_(take))
-        self._o = self._o.mul_(keep).add_(o.mul_(take))
+        self._weighted = self._weighted.mul_(keep).add_(weighted.mul_(take))
 
     def result(self) -> Tensor:
-        """[X, R, Dv] float32."""
-        return self._o / self._total
+        """[..., R, Dv] float32."""
+        return self._weighted / self._total
