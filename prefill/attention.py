@@ -119,11 +119,12 @@ class _ChunkJob:
     def __init__(self, pool: KVPool, span: Span, row_multiple: int) -> None:
         self._span = span
         self._row_multiple = row_multiple
-        self._slot_rows = _tile_rows(pool, span, _num_tiles(span.stop)).to(pool.device)
+        self._tiles = _TileReader(pool, _tile_rows(pool, span, _num_tiles(span.stop)))
+        self._device = pool.device
         self._biases: dict[tuple[int, int, int | None], Tensor | None] = {}
 
     def run(self, q: Tensor, k_slots: Tensor, v_slots: Tensor, rule: AttentionRule, out: Tensor) -> None:
-        k_tiles, v_tiles = _gather(k_slots, self._slot_rows), _gather(v_slots, self._slot_rows)
+        k_tiles, v_tiles = self._tiles.read(k_slots, v_slots)
         num_kv_heads = k_slots.shape[1]
         group = q.shape[0] // num_kv_heads
         for first in range(0, self._span.num_tokens, QUERY_TOKENS):
@@ -156,9 +157,8 @@ class _ChunkJob:
             if all_past and all_in_window:
                 self._biases[key] = None
             else:
-                device = self._slot_rows.device
-                keys = torch.arange(keys_start, keys_start + TILE_TOKENS, device=device)
-                positions = torch.arange(start, start + count, device=device).repeat(group)
+                keys = torch.arange(keys_start, keys_start + TILE_TOKENS, device=self._device)
+                positions = torch.arange(start, start + count, device=self._device).repeat(group)
                 bias = _hiding_bias(keys, positions[:, None], window)
                 self._biases[key] = _pad_rows(bias, self._row_multiple)
         return self._biases[key]
@@ -170,33 +170,38 @@ class _DecodeJob:
     def __init__(self, pool: KVPool, spans: Sequence[Span], row_multiple: int) -> None:
         self._row_multiple = row_multiple
         num_tiles = max(_num_tiles(span.stop) for span in spans)
-        # [B, tiles, H, S]
-        self._slot_rows = torch.stack([_tile_rows(pool, span, num_tiles) for span in spans]).to(pool.device)
+        self._tiles = _TileReader(pool, torch.stack([_tile_rows(pool, span, num_tiles) for span in spans]))
+        self._num_tiles = num_tiles
         self._batch_rows = torch.tensor([span.row for span in spans], device=pool.device)
         self._positions = torch.tensor([span.start for span in spans], device=pool.device)
         self._biases: dict[int | None, Tensor] = {}
 
     def run(self, q: Tensor, k_slots: Tensor, v_slots: Tensor, rule: AttentionRule, out: Tensor) -> None:
-        num_seqs, num_tiles, num_kv_heads, _ = self._slot_rows.shape
-        k_tiles = _gather(k_slots, self._slot_rows).flatten(0, 2)
-        v_tiles = _gather(v_slots, self._slot_rows).flatten(0, 2)
+        num_seqs, num_tiles, num_kv_heads = len(self._positions), self._num_tiles, k_slots.shape[1]
+        k_tiles, v_tiles = self._tiles.read(k_slots, v_slots)
         group = q.shape[0] // num_kv_heads
         heads = q[:, self._batch_rows].transpose(0, 1).reshape(num_seqs, 1, num_kv_heads, group, -1)
         heads = _pad_rows(heads, self._row_multiple).expand(-1, num_tiles, -1, -1, -1).flatten(0, 2)
-        bias = self._bias(rule.window)
-        partials = tile_partials(heads, k_tiles, v_tiles, bias, scale=rule.scale, softcap=rule.softcap)
+        partials = tile_partials(
+            heads,
+            k_tiles.flatten(0, 2),
+            v_tiles.flatten(0, 2),
+            self._bias(rule.window, num_kv_heads),
+            scale=rule.scale,
+            softcap=rule.softcap,
+        )
         m, total, weighted = (p.view(num_seqs, num_tiles, num_kv_heads, *p.shape[1:]) for p in partials)
         softmax = RunningSoftmax(m[:, 0], total[:, 0], weighted[:, 0])
         for tile in range(1, num_tiles):
             softmax.merge(m[:, tile], total[:, tile], weighted[:, tile])
         out[self._batch_rows] = softmax.result()[:, :, :group].flatten(1, 2).to(out.dtype)
 
-    def _bias(self, window: int | None) -> Tensor:
-        """[B * tiles * H, 1, S]"""
+    def _bias(self, window: int | None, num_kv_heads: int) -> Tensor:
+        """[B * tiles * H, 1, S], the same for all layers of a window."""
         if window not in self._biases:
-            num_seqs, num_tiles, num_kv_heads, tile = self._slot_rows.shape
-            keys = torch.arange(num_tiles * tile, device=self._slot_rows.device).view(1, num_tiles, 1, 1, tile)
-            bias = _hiding_bias(keys, self._positions.view(num_seqs, 1, 1, 1, 1), window)
+            keys = torch.arange(self._num_tiles * TILE_TOKENS, device=self._positions.device)
+            bias = _hiding_bias(keys, self._positions[:, None], window)
+            bias = bias.view(len(self._positions), self._num_tiles, 1, 1, TILE_TOKENS)
             self._biases[window] = bias.expand(-1, -1, num_kv_heads, -1, -1).flatten(0, 2)
         return self._biases[window]
 
@@ -214,10 +219,22 @@ def _tile_rows(pool: KVPool, span: Span, num_tiles: int) -> Tensor:
     return slots.view(num_tiles, 1, TILE_TOKENS) * pool.layout.num_kv_heads + heads[:, None]
 
 
-def _gather(slots: Tensor, slot_rows: Tensor) -> Tensor:
-    """[num_slots, H, D] read at `slot_rows` [..., H, S] -> [..., H, S, D]."""
-    rows = slots.flatten(0, 1).index_select(0, slot_rows.flatten())
-    return rows.view(*slot_rows.shape, slots.shape[-1])
+class _TileReader:
+    """Copies of a layer's pages, tile by tile. One pair of buffers serves all layers of a forward pass: fresh
+    ones would cost more in page faults than the copy itself."""
+
+    def __init__(self, pool: KVPool, slot_rows: Tensor) -> None:
+        """`slot_rows` [..., H, S] as from `_tile_rows`."""
+        self._index = slot_rows.flatten().to(pool.device)
+        layout, shape = pool.layout, slot_rows.shape
+        self._k = torch.empty(*shape, layout.head_dim_k, dtype=pool.k.dtype, device=pool.device)
+        self._v = torch.empty(*shape, layout.head_dim_v, dtype=pool.v.dtype, device=pool.device)
+
+    def read(self, k_slots: Tensor, v_slots: Tensor) -> tuple[Tensor, Tensor]:
+        """[..., H, S, D], [..., H, S, Dv]; valid until the next call."""
+        torch.index_select(k_slots.flatten(0, 1), 0, self._index, out=self._k.flatten(0, -2))
+        torch.index_select(v_slots.flatten(0, 1), 0, self._index, out=self._v.flatten(0, -2))
+        return self._k, self._v
 
 
 def _pad_rows(x: Tensor, multiple: int) -> Tensor:
