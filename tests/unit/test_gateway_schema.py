@@ -1,0 +1,181 @@
+"""Request bodies: what is accepted, what is refused and in which words."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cluster.metrics import GatewayMetrics, receipt_levels
+from cluster.openai_schema import (
+    APIError,
+    ChatBody,
+    CompletionBody,
+    KVOptions,
+    check_kv_options,
+    parse_body,
+    resolve_max_tokens,
+)
+
+
+def completion(**fields: Any) -> CompletionBody:
+    return parse_body(json.dumps({"prompt": "hi", **fields}).encode(), CompletionBody)
+
+
+def refused(body: bytes | dict[str, Any], schema: type[Any] = CompletionBody) -> APIError:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    with pytest.raises(APIError) as raised:
+        parsed = parse_body(raw, schema)
+        if isinstance(parsed, CompletionBody):
+            parsed.single_prompt()
+    assert raised.value.status == 400
+    return raised.value
+
+
+@pytest.mark.parametrize(
+    "raw", [b"", b"{", b"[]", b"3", b"\xff", b"nul", b'{"prompt": NaN}', b'{"prompt":"\\ud800"}', b"[" * 100_000]
+)
+def test_what_is_no_json_object(raw: bytes) -> None:
+    assert refused(raw).code == "invalid_json"
+
+
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": [[]]}, "prompt"),
+        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": [1, "a"]}, "prompt"),
+        ({"prompt": [-1]}, "prompt"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"temperature": -1}, "temperature"),
+        ({"top_p": 0}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"seed": 2**63}, "seed"),
+        ({"stop": ""}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids.0"),
+        ({"stream": "yes"}, "stream"),
+        ({"kv": {"mod": "q1"}}, "kv.mod"),
+        ({"kv": {"ttft_ms": -1}}, "kv.ttft_ms"),
+        ({"n": 2}, "n"),
+        ({"best_of": 3}, "best_of"),
+        ({"echo": True}, "echo"),
+        ({"suffix": "x"}, "suffix"),
+        ({"logprobs": 1}, "logprobs"),
+        ({"logprobs": 0}, "logprobs"),
+        ({"logit_bias": {"5": 1}}, "logit_bias"),
+        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"tools": [{"type": "function"}]}, "tools"),
+        ({"min_tokens": 4}, "min_tokens"),
+    ],
+)
+def test_the_error_names_the_field(fields: dict[str, Any], param: str) -> None:
+    error = refused({"prompt": "hi", **fields})
+    assert error.param == param
+    assert param.split(".")[-1] in error.message
+
+
+def test_a_missing_prompt_is_named() -> None:
+    assert refused({}).message == "prompt: is missing"
+
+
+def test_what_asks_for_nothing_is_accepted_and_the_unknown_ignored() -> None:
+    body = completion(
+        n=1, best_of=1, echo=False, logprobs=None, logit_bias={}, presence_penalty=0, tools=[], user="me", x_new=3
+    )
+    assert body.single_prompt() == "hi"
+
+
+@pytest.mark.parametrize("prompt", [[1, 2], [[1, 2]]])
+def test_token_prompts(prompt: list[Any]) -> None:
+    assert completion(prompt=prompt).single_prompt() == [1, 2]
+
+
+def test_a_batch_of_one_is_one() -> None:
+    assert completion(prompt=["hi"]).single_prompt() == "hi"
+
+
+def test_sampling_defaults_are_those_of_openai() -> None:
+    sampling = completion().sampling(7)
+    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (7, 1.0, 1.0, 0)
+    assert completion(top_k=-1, temperature=0).sampling(1).temperature == 0
+
+
+def test_chat_messages() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    body = parse_body(
+        json.dumps({"messages": [{"role": "user", "content": parts}], "max_completion_tokens": 3}).encode(), ChatBody
+    )
+    assert body.messages[0].text() == "ab"
+    assert body.token_limit() == 3
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [None, [], [{"content": "x"}], [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}], ["x"]],
+)
+def test_bad_messages(messages: Any) -> None:
+    assert (refused({"messages": messages}, ChatBody).param or "").startswith("messages")
+
+
+def test_unknown_levels_are_answered_with_the_known_ones() -> None:
+    levels = ("raw", "q1")
+    for mode in ("auto", "text", "raw", "q1"):
+        check_kv_options(KVOptions(mode=mode), levels)
+    with pytest.raises(APIError, match="auto, text, raw, q1"):
+        check_kv_options(KVOptions(mode="q7"), levels)
+    with pytest.raises(APIError, match="one of raw, q1"):
+        check_kv_options(KVOptions(floor="text"), levels)
+
+
+def test_the_token_limit() -> None:
+    assert resolve_max_tokens(None, prompt_tokens=10, max_context=100, default=16) == 16
+    assert resolve_max_tokens(None, prompt_tokens=90, max_context=100, default=16) == 10
+    assert resolve_max_tokens(None, prompt_tokens=10, max_context=100, default=None) == 90
+    assert resolve_max_tokens(90, prompt_tokens=10, max_context=100, default=16) == 90
+    with pytest.raises(APIError, match=r"100 tokens.*101.*10 in the prompt.*91 tokens to generate"):
+        resolve_max_tokens(91, prompt_tokens=10, max_context=100, default=16)
+    with pytest.raises(APIError) as raised:
+        resolve_max_tokens(None, prompt_tokens=100, max_context=100, default=16)
+    assert (raised.value.code, raised.value.param) == ("context_length_exceeded", "prompt")
+
+
+json_values = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
+    max_leaves=8,
+)
+field_names = st.sampled_from([*CompletionBody.model_fields, "n", "logprobs", "tools", "echo"])
+
+
+@given(st.dictionaries(field_names, json_values, max_size=6))
+def test_no_body_is_answered_with_anything_but_an_api_error(fields: dict[str, Any]) -> None:
+    try:
+        body = parse_body(json.dumps(fields).encode(), CompletionBody)
+        body.single_prompt()
+        body.sampling(1)
+    except APIError as error:
+        assert error.status == 400
+        json.dumps(error.body())
+
+
+def test_receipts_are_counted_by_level() -> None:
+    receipt = {"chunks": [{"level": "q1", "bytes": 5}, {"level": "text", "bytes": None}, {"level": "q1", "bytes": 7}]}
+    assert receipt_levels(receipt) == [("q1", 2, 12), ("text", 1, 0)]
+    assert receipt_levels({}) == []
+    metrics = GatewayMetrics()
+    metrics.finished(reason="stop", e2e_s=1.0, completion_tokens=3, receipt=receipt)
+    metrics.token_gap(0.5, 2)
+    text = metrics.text()
+    assert 'kvstream_kv_received_bytes_total{level="q1"} 12.0' in text
+    assert 'kvstream_request_success_total{finished_reason="stop"} 1.0' in text
+    assert "kvstream_inter_token_latency_seconds_count 2.0" in text
