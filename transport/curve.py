@@ -6,6 +6,7 @@ import ipaddress
 from dataclasses import dataclass, field
 
 import zmq
+from zmq.utils import z85
 
 from transport.errors import InsecureBind
 
@@ -69,7 +70,7 @@ class ZapHandler:
     """Answers libzmq's question "may this client key connect?" in the thread that polls `socket`."""
 
     def __init__(self, context: zmq.Context, keys: CurveKeys) -> None:
-        self._allowed = {zmq.utils.z85.decode(key.encode()) for key in keys.allowed_client_keys}
+        self._allowed = {z85.decode(key.encode()) for key in keys.allowed_client_keys}
         self.socket = context.socket(zmq.REP)
         self.socket.linger = 0
         self.socket.bind(ZAP_ENDPOINT)

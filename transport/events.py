@@ -92,14 +92,7 @@ class TransferLost:
 
 
 TransferEvent = (
-    Opened
-    | Refused
-    | PartArrived
-    | BlobArrived
-    | ChunkFailed
-    | TransferSuspect
-    | TransferRecovered
-    | TransferLost
+    Opened | Refused | PartArrived | BlobArrived | ChunkFailed | TransferSuspect | TransferRecovered | TransferLost
 )
 
 # -- at the source (KVServer.on_event) --

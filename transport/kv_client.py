@@ -110,9 +110,7 @@ class KVClient:
         if size > self._limits.body_bytes:
             raise TooMuch(f"the body has {size} bytes, the limit is {self._limits.body_bytes}")
         transfer_id = f"{self.incarnation}.{next(self._ids)}"
-        event = OpenTransfer(
-            transfer_id=transfer_id, endpoint=endpoint, body=body, server_public_key=server_public_key
-        )
+        event = OpenTransfer(transfer_id=transfer_id, endpoint=endpoint, body=body, server_public_key=server_public_key)
         self._do(event)
         return transfer_id
 

@@ -62,9 +62,7 @@ class KVServer:
         self._limits = limits or Limits()
         self._timing = timing or Timing()
         self._on_event = guarded(on_event, log.error)  # type: ignore[arg-type]
-        self._source = Source(
-            greeting=greeting, incarnation=self.incarnation, limits=self._limits, timing=self._timing
-        )
+        self._source = Source(greeting=greeting, incarnation=self.incarnation, limits=self._limits, timing=self._timing)
         self._lock = threading.Lock()  # guards the machine and the order of its commands
         self._pending: deque[Command] = deque()
         self._waiting: dict[bytes, deque[list[Buffer]]] = {}  # peers whose pipe was full

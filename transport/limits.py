@@ -48,4 +48,4 @@ class Pacing:
     first_part_bytes: int = 64 * KB  # ... and this is its size before the rate is known
     max_part_bytes: int = 256 * KB
     min_window_parts: int = 2
-    max_window_bytes: int = 16 * MB
+    max_window_bytes: int = 8 * MB

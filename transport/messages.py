@@ -282,9 +282,7 @@ def decode_packet(frames: Sequence[Buffer], limits: Limits) -> Packet:
         raise LimitExceeded(f"header of {len(frames[0])} bytes, the limit is {limits.header_bytes}")
     head = _unpack(frames[0])
     if type(head) is not list or len(head) < 4 or type(head[0]) is not int or head[0] not in _BY_KIND:
-        raise MalformedMessage(
-            "the header is no array that starts with a known kind, incarnation, epoch, seq"
-        )
+        raise MalformedMessage("the header is no array that starts with a known kind, incarnation, epoch, seq")
     cls, fields, second = _BY_KIND[head[0]]
     _, incarnation, epoch, seq, *values = head
     if not (_is_id(incarnation, limits) and _is_count(epoch, limits) and _is_count(seq, limits)):

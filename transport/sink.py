@@ -106,9 +106,7 @@ class Sink:
         assert event.transfer_id not in self._transfers
         link = self._by_endpoint.get(event.endpoint) or self._connect(event)
         if len(link.transfers) >= self._limits.transfers_per_peer:
-            raise TooMuch(
-                f"{self._limits.transfers_per_peer} transfers are open to {event.endpoint}; close some"
-            )
+            raise TooMuch(f"{self._limits.transfers_per_peer} transfers are open to {event.endpoint}; close some")
         self._transfers[event.transfer_id] = Transfer(link=link)
         link.transfers.add(event.transfer_id)
         link.idle_since = None
@@ -124,9 +122,7 @@ class Sink:
             last_heard=self._now,
         )
         self._links[link.name] = self._by_endpoint[link.endpoint] = link
-        self._out.append(
-            Connect(link=link.name, endpoint=link.endpoint, server_public_key=event.server_public_key)
-        )
+        self._out.append(Connect(link=link.name, endpoint=link.endpoint, server_public_key=event.server_public_key))
         # Opens and requests follow at once, without waiting for the welcome: a round trip saved on a WAN.
         self._send(link, Hello(via=link.endpoint, fields=self._greeting.fields()))
         self._grant(link)
@@ -194,9 +190,7 @@ class Sink:
             self.num_dropped += 1
             return
         if packet.seq != link.in_seq + 1:
-            return self._break(
-                link, f"messages {link.in_seq + 1} to {packet.seq - 1} from the source were lost"
-            )
+            return self._break(link, f"messages {link.in_seq + 1} to {packet.seq - 1} from the source were lost")
         link.in_seq = packet.seq
         self._heard(link)
         if link.peer_incarnation is None and type(message) is not Welcome:
@@ -265,9 +259,7 @@ class Sink:
         if transfer.asks[message.chunk].number == message.ask:
             self._forget(transfer, message.chunk)
             self._notify(
-                ChunkFailed(
-                    transfer_id=message.transfer, at=self._now, chunk=message.chunk, reason=message.reason
-                )
+                ChunkFailed(transfer_id=message.transfer, at=self._now, chunk=message.chunk, reason=message.reason)
             )
 
     def _on_part(self, link: Link, packet: Packet) -> None:
@@ -286,9 +278,7 @@ class Sink:
             return
         if ask.buffer is None:
             if self._assembling_bytes + part.total > self._limits.assembling_bytes:
-                return self._break(
-                    link, f"more than {self._limits.assembling_bytes} bytes of unfinished blobs"
-                )
+                return self._break(link, f"more than {self._limits.assembling_bytes} bytes of unfinished blobs")
             self._assembling_bytes += part.total
             ask.buffer = bytearray(part.total)
             ask.level = part.level

@@ -64,9 +64,7 @@ class Shutdown:
     pass
 
 
-SinkInput = (
-    OpenTransfer | RequestChunk | WithdrawChunk | CloseTransfer | Received | LinkDown | Tick | Shutdown
-)
+SinkInput = OpenTransfer | RequestChunk | WithdrawChunk | CloseTransfer | Received | LinkDown | Tick | Shutdown
 
 # -- commands out, to be carried out in order --
 

@@ -154,9 +154,7 @@ class Source:
         if session is None:
             self.num_dropped += 1
             if type(message) not in (Reset, TurnedAway, Goodbye, Close):
-                self._send_outside(
-                    event.peer, packet.epoch, Reset(reason="no such session here; greet again")
-                )
+                self._send_outside(event.peer, packet.epoch, Reset(reason="no such session here; greet again"))
             return
         stale = (packet.incarnation, packet.epoch) != (session.incarnation, session.epoch)
         if stale or packet.seq <= session.in_seq:
@@ -212,9 +210,7 @@ class Source:
             return self._send(session, Close(transfer=message.transfer, reason=reason))
         transfer = Transfer(id=message.transfer, session=session)
         self._transfers[transfer.id] = session.transfers[transfer.id] = transfer
-        self._notify(
-            TransferOpened(transfer_id=transfer.id, at=self._now, peer=session.incarnation, body=message.body)
-        )
+        self._notify(TransferOpened(transfer_id=transfer.id, at=self._now, peer=session.incarnation, body=message.body))
 
     def _on_request(self, session: Session, message: Request) -> None:
         transfer = session.transfers.get(message.transfer)
@@ -318,9 +314,7 @@ class Source:
     def _send(self, session: Session, message: Message) -> None:
         session.out_seq += 1
         session.last_sent = self._now
-        packet = Packet(
-            incarnation=self._incarnation, epoch=session.epoch, seq=session.out_seq, message=message
-        )
+        packet = Packet(incarnation=self._incarnation, epoch=session.epoch, seq=session.out_seq, message=message)
         self._out.append(Send(peer=session.peer, packet=packet))
 
     def _send_outside(self, peer: str, epoch: int, message: Message) -> None:
