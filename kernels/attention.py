@@ -35,8 +35,8 @@ def tile_partials(
     """One tile of keys for each of X matrices.
 
     `q` [X, R, D], `k` [X, S, D] and `v` [X, S, Dv] in the model's dtype, finite; `bias` float32, broadcastable to
-    [X, R, S], 0 or `HIDDEN_BIAS`. Returns the exponent `m` [X, R, 1] (an integer), the sum of weights
-    [X, R, 1] and the weighted values [X, R, Dv], all float32, both in units of 2**m.
+    [X, R, S], 0 or `HIDDEN_BIAS`. Returns the exponent `m` [X, R, 1] (an integer) and the sum of weights
+    [X, R, 1] in float32 and the weighted values [X, R, Dv] in `v`'s dtype, both in units of 2**m.
     """
     scores = torch.bmm(q, k.transpose(1, 2)).float()
     if softcap is None:
@@ -48,23 +48,17 @@ def tile_partials(
         scores.add_(bias)
     m = scores.amax(-1, keepdim=True).mul_(factor).ceil_().clamp_(min=_LEAST_EXPONENT)
     weights = torch.add(-m, scores, alpha=factor, out=scores).exp2_()
-    return m, weights.sum(-1, keepdim=True), torch.bmm(weights.to(v.dtype), v).float()
+    return m, weights.sum(-1, keepdim=True), torch.bmm(weights.to(v.dtype), v)
 
 
-class RunningSoftmax:
-    """The merge of tiles, in ascending order of position."""
-
-    def __init__(self, m: Tensor, total: Tensor, weighted: Tensor) -> None:
-        self._m, self._total, self._weighted = m, total, weighted
-
-    def merge(self, m: Tensor, total: Tensor, weighted: Tensor) -> None:
-        """Add the next tile. Its tensors may be overwritten."""
-        top = torch.maximum(self._m, m)
-        keep, take = torch.exp2(self._m - top), torch.exp2(m - top)
-        self._m = top
-        self._total = self._total.mul_(keep).add_(total.mul_(take))
-        self._weighted = self._weighted.mul_(keep).add_(weighted.mul_(take))
-
-    def result(self) -> Tensor:
-        """[..., R, Dv] float32."""
-        return self._weighted / self._total
+def merge_tiles(m: Tensor, total: Tensor, weighted: Tensor) -> Tensor:
+    """The attention over all tiles from their partials, tiles first: `m`, `total` [tiles, ..., R, 1], `weighted`
+    [tiles, ..., R, Dv] -> [..., R, Dv] float32. Adds in ascending order; the factors are powers of two, so only
+    the additions round, and a tile with nothing visible adds exactly 0."""
+    factors = torch.exp2(m - m.amax(0))
+    merged_total = total[0] * factors[0]
+    merged = weighted[0] * factors[0]
+    for tile in range(1, len(m)):
+        merged_total.addcmul_(total[tile], factors[tile])
+        merged.addcmul_(weighted[tile].float(), factors[tile])
+    return merged.div_(merged_total)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface
 
-from kernels.attention import HIDDEN_BIAS, TILE_TOKENS, RunningSoftmax, tile_partials
+from kernels.attention import HIDDEN_BIAS, TILE_TOKENS, merge_tiles, tile_partials
 from prefill.kv_pool import KVPool
 
 ATTENTION_NAME = "kvstream_paged"
@@ -132,19 +132,20 @@ class _ChunkJob:
             row, start = self._span.row + first, self._span.start + first
             heads = q[:, row : row + count].reshape(num_kv_heads, group * count, -1)
             heads = _pad_rows(heads, self._row_multiple)
-            softmax: RunningSoftmax | None = None
             first_tile = 0 if rule.window is None else max(0, start - rule.window + 1) // TILE_TOKENS
-            for tile in range(first_tile, _num_tiles(start + count)):
-                bias = self._bias(first, count, tile, rule.window, group)
-                partials = tile_partials(
-                    heads, k_tiles[tile], v_tiles[tile], bias, scale=rule.scale, softcap=rule.softcap
+            partials = [
+                tile_partials(
+                    heads,
+                    k_tiles[tile],
+                    v_tiles[tile],
+                    self._bias(first, count, tile, rule.window, group),
+                    scale=rule.scale,
+                    softcap=rule.softcap,
                 )
-                if softmax is None:
-                    softmax = RunningSoftmax(*partials)
-                else:
-                    softmax.merge(*partials)
-            assert softmax is not None
-            result = softmax.result()[:, : group * count]
+                for tile in range(first_tile, _num_tiles(start + count))
+            ]
+            m, total, weighted = zip(*partials, strict=True)
+            result = merge_tiles(torch.stack(m), torch.stack(total), torch.stack(weighted))[:, : group * count]
             out[row : row + count] = result.reshape(num_kv_heads * group, count, -1).transpose(0, 1)
 
     def _bias(self, first: int, count: int, tile: int, window: int | None, group: int) -> Tensor | None:
@@ -190,11 +191,9 @@ class _DecodeJob:
             scale=rule.scale,
             softcap=rule.softcap,
         )
-        m, total, weighted = (p.view(num_seqs, num_tiles, num_kv_heads, *p.shape[1:]) for p in partials)
-        softmax = RunningSoftmax(m[:, 0], total[:, 0], weighted[:, 0])
-        for tile in range(1, num_tiles):
-            softmax.merge(m[:, tile], total[:, tile], weighted[:, tile])
-        out[self._batch_rows] = softmax.result()[:, :, :group].flatten(1, 2).to(out.dtype)
+        shape = (num_seqs, num_tiles, num_kv_heads)
+        result = merge_tiles(*(partial.unflatten(0, shape).transpose(0, 1) for partial in partials))
+        out[self._batch_rows] = result[:, :, :group].flatten(1, 2).to(out.dtype)
 
     def _bias(self, window: int | None, num_kv_heads: int) -> Tensor:
         """[B * tiles * H, 1, S], the same for all layers of a window."""
