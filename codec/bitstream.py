@@ -13,7 +13,7 @@ import numpy as np
 
 from codec.errors import BlobTooLarge, ChecksumMismatch, MalformedBlob, TruncatedBlob, WrongVersion
 from codec.levels import LevelKind
-from kernels.rans_reference import LANES
+from kernels.rans_reference import LANES, PROB_BITS
 
 MAGIC = b"KVSB"
 VERSION = 1
@@ -113,8 +113,8 @@ def parse_header(blob: memoryview) -> BlobInfo:
     )  # fmt: skip
     if info.decoded_bytes > MAX_DECODED_BYTES:
         raise BlobTooLarge(f"the chunk would decode to {info.decoded_bytes} bytes, over the limit of {MAX_DECODED_BYTES}")
-    if info.kind is not LevelKind.RAW and info.lanes != LANES:
-        raise MalformedBlob(f"{info.lanes} lanes; version {VERSION} has {LANES}")
+    if info.kind is not LevelKind.RAW and (info.lanes, info.prob_bits) != (LANES, PROB_BITS):
+        raise MalformedBlob(f"{info.lanes} lanes, {info.prob_bits} probability bits; version {VERSION} has {LANES}, {PROB_BITS}")
     return info
 
 

@@ -91,10 +91,8 @@ def encode_chunk(
         kind = LevelKind.RAW  # its 5-bit exponents save too little to be worth a format; exact all the same
     is_unrotated = kind is LevelKind.QUANTIZED and _check_rope(rope, num_tokens, profile)
     if kind is LevelKind.RAW:
-        parts, prob_bits = [_plain_bytes(k), _plain_bytes(v)], 0
+        parts = [_plain_bytes(k), _plain_bytes(v)]
     else:
-        assert spec.codebook is not None
-        prob_bits = spec.codebook.prob_bits
         coder = _BACKENDS[backend]
         halves = []
         for which, tensor, plan in (("K", k, spec.k), ("V", v, spec.v)):
@@ -109,7 +107,7 @@ def encode_chunk(
     info = BlobInfo(
         level=level, kind=kind, dtype=dtype, is_unrotated=is_unrotated,
         is_shipped=kind is not LevelKind.RAW and spec.is_shipped, profile_id=profile.id, layout=_layout_of(profile),
-        num_tokens=num_tokens, lanes=0 if kind is LevelKind.RAW else rans_numba.LANES, prob_bits=prob_bits,
+        num_tokens=num_tokens, lanes=0 if kind is LevelKind.RAW else rans_numba.LANES, prob_bits=0 if kind is LevelKind.RAW else rans_numba.PROB_BITS,
         body_bytes=sum(memoryview(part).nbytes for part in parts),
     )  # fmt: skip
     return bitstream.assemble(info, parts)
@@ -196,7 +194,7 @@ def _encode_quantized(
     out = np.empty(count * (side.shape[1] + 2 * rans_numba.LANES + 3 * num_tokens * dim), np.uint16)
     words, escapes = np.zeros(count, np.int64), np.zeros(count, np.int64)
     code, segment, used = coder.encode_quantized(
-        src.flat, src.pos, src.stride_t, icos, isin, mean, np.float32(1) / step, group, index, side, book.fs, book.prob_bits,
+        src.flat, src.pos, src.stride_t, icos, isin, mean, np.float32(1) / step, group, index, side, book.fs,
         out, words, escapes,
     )  # fmt: skip
     if code != rans_numba.OK:
@@ -236,7 +234,7 @@ def _encode_lossless(coder: ModuleType, tensor: torch.Tensor, spec: Level, plan:
     out = np.empty(count * (side.shape[1] + 2 * rans_numba.LANES + 4 * num_tokens * dim + 1 + gap), np.uint16)
     words, escapes = np.zeros(count, np.int64), np.zeros(count, np.int64)
     _, _, used = coder.encode_lossless(
-        src.flat, src.pos, src.stride_t, num_tokens, index, side, gap, book.fs, book.prob_bits, out, out.view(np.uint8), words, escapes
+        src.flat, src.pos, src.stride_t, num_tokens, index, side, gap, book.fs, out, out.view(np.uint8), words, escapes
     )
     if low is not None:
         sizes = side.shape[1] + 2 * min(rans_numba.LANES, dim) + words + 2 * escapes + (num_tokens * dim + 1) // 2 + gap
@@ -277,7 +275,7 @@ def decode_chunk(
         _decode_raw(body, info, k, v)
         return k, v
     spec = profile.level(info.level)
-    if spec.codebook is None or spec.kind is not info.kind or spec.is_shipped != info.is_shipped or spec.codebook.prob_bits != info.prob_bits:
+    if spec.codebook is None or spec.kind is not info.kind or spec.is_shipped != info.is_shipped:
         raise MalformedBlob(f"the header contradicts what the profile says of level {info.level}")
     payload, *tables = bitstream.parse_directory(body, info)
     sides = (("K", k, spec.k, profile.mean_k, tables[0]), ("V", v, spec.v, profile.mean_v, tables[1]))
@@ -351,7 +349,7 @@ def _decode_quantized(
     cos, sin = _rope_halves(rope, num_tokens, inverse=False)
     dst = _Strided.of(target)
     result: tuple[int, int] = coder.decode_quantized(
-        payload, pos, table.words, table.escapes, book.lut, book.fs, book.prob_bits, index, group, step, mean, cos, sin,
+        payload, pos, table.words, table.escapes, book.lut, index, group, step, mean, cos, sin,
         dst.flat, dst.pos, dst.stride_t,
     )  # fmt: skip
     return result
@@ -372,7 +370,7 @@ def _decode_lossless(
         index, pos = np.repeat(chosen[:, None, :], 2, axis=1), pos + width
     dst = _Strided.of(target)
     result: tuple[int, int] = coder.decode_lossless(
-        payload, payload.view(np.uint8), pos, table.words, table.escapes, book.lut, book.fs, book.prob_bits, index,
+        payload, payload.view(np.uint8), pos, table.words, table.escapes, book.lut, index,
         dst.flat, dst.pos, dst.stride_t, info.num_tokens,
     )  # fmt: skip
     return result

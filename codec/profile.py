@@ -131,7 +131,6 @@ def _body(profile: Profile) -> bytes:
         promise = profile.promise.get(level.name, Promise())
         entry["promise"] = [promise.kl, promise.delta_nll, promise.greedy_agreement, promise.recall_drop]
         if level.codebook is not None:
-            entry["prob_bits"] = level.codebook.prob_bits
             arrays[f"{level.name}.freqs"] = level.codebook.freqs
         for which, plan in (("k", level.k), ("v", level.v)):
             if plan is not None:
@@ -195,7 +194,7 @@ def _parse(body: dict[str, Any]) -> Profile:
             for which in ("k", "v")
             if f"{name}.{which}.index" in arrays
         }
-        book = CodeBook(freqs=arrays[f"{name}.freqs"], prob_bits=entry["prob_bits"]) if f"{name}.freqs" in arrays else None
+        book = CodeBook(freqs=arrays[f"{name}.freqs"]) if f"{name}.freqs" in arrays else None
         levels.append(
             Level(name=name, kind=LevelKind(entry["kind"]), codebook=book, step_factor=entry["step_factor"], **plans)
         )
@@ -222,10 +221,10 @@ def _parse(body: dict[str, Any]) -> Profile:
 def default_lossless_level() -> Level:
     """Lossless without calibration: half-octave exponent tables, the index of each channel in the blob."""
     peaks = [float(p) for p in [*range(97, 113, 2), *np.arange(113, 134, 0.5), *range(134, 144, 2)]]
-    flat = normalize(np.full(256, 1.0), 12)
-    zeros = normalize(np.eye(1, 256)[0] + 1e-4, 12)
-    tables = [exponent_table(p, 12) for p in peaks] + [flat, zeros]
-    return Level(name="lossless", kind=LevelKind.LOSSLESS, codebook=CodeBook(freqs=np.stack(tables), prob_bits=12))
+    flat = normalize(np.full(256, 1.0))
+    zeros = normalize(np.eye(1, 256)[0] + 1e-4)
+    tables = [exponent_table(p) for p in peaks] + [flat, zeros]
+    return Level(name="lossless", kind=LevelKind.LOSSLESS, codebook=CodeBook(freqs=np.stack(tables)))
 
 
 # Steps as multiples of a segment's typical channel spread, and the bits a value a Gaussian would then cost.
@@ -238,7 +237,7 @@ def default_profile(layout: Layout, *, fingerprint: str = "") -> Profile:
     Nothing is assumed about the model: means, steps and table choices are measured on each chunk and travel in it
     (about 0.1 bit a value). It promises nothing about loss; bits_per_value are estimates.
     """
-    book = CodeBook(freqs=np.stack([laplace_table(s, 12) for s in np.geomspace(0.05, 90, 32)]), prob_bits=12)
+    book = CodeBook(freqs=np.stack([laplace_table(s) for s in np.geomspace(0.05, 90, 32)]))
     own = CodecLayout(
         num_layers=layout.num_layers,
         num_kv_heads=layout.num_kv_heads,

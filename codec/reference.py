@@ -12,7 +12,7 @@ import numpy as np
 from codec.anchor_delta import add_anchors, take_deltas
 from codec.quantize import bf16_to_float, dequantize, float_to_bf16, quantize
 from codec.rope import rotate, unrotate
-from kernels.rans_reference import CENTRE, LANES, Segment, StreamError, decode_segment, encode_segment
+from kernels.rans_reference import CENTRE, LANES, PROB_BITS, Segment, StreamError, decode_segment, encode_segment
 
 OK, DAMAGED, VALUE_RANGE = 0, 2, 6
 Array = np.ndarray[Any, Any]
@@ -24,7 +24,14 @@ def _rows(flat: Array, at: int, stride_t: int, num_tokens: int, num_dims: int) -
 
 
 def _tables(fs: Array) -> Array:
+    """Frequencies [n, 256] from the encoder's lookup array."""
     return (fs.reshape(-1, 256) >> 16).astype(np.uint16)
+
+
+def _tables_of_slots(lut: Array) -> Array:
+    """The same from the decoder's."""
+    slots = (lut >> 24).reshape(-1, 1 << PROB_BITS)
+    return np.stack([np.bincount(row, minlength=256) for row in slots]).astype(np.uint16)
 
 
 def _read(words: Array, pos: int, num_words: int, num_escapes: int, num_dims: int) -> Segment:
@@ -39,7 +46,7 @@ def _write(out: Array, at: int, values: list[int]) -> int:
 
 
 def encode_quantized(
-    src, src_pos, stride_t, icos, isin, mean, inv_step, group, index, side, fs, bits, out, seg_words, seg_escapes
+    src, src_pos, stride_t, icos, isin, mean, inv_step, group, index, side, fs, out, seg_words, seg_escapes
 ):  # type: ignore[no-untyped-def]
     at = 0
     for s in range(len(src_pos)):
@@ -47,20 +54,21 @@ def encode_quantized(
         q = quantize(unrotate(x, icos, isin), mean[s], inv_step[s])
         if q is None:
             return VALUE_RANGE, s, at
-        coded = encode_segment(take_deltas(q, int(group[s])), _tables(fs), bits, index[s], int(group[s]))
+        coded = encode_segment(take_deltas(q, int(group[s])), _tables(fs), index[s], int(group[s]))
         seg_words[s], seg_escapes[s] = len(coded.words), len(coded.escapes)
         at = _write(out, at, [*side[s].tolist(), *coded.to_words()])
     return OK, -1, at
 
 
 def decode_quantized(
-    words, seg_pos, seg_words, seg_escapes, lut, fs, bits, index, group, step, mean, cos, sin, out, out_pos, stride_t
+    words, seg_pos, seg_words, seg_escapes, lut, index, group, step, mean, cos, sin, out, out_pos, stride_t
 ):  # type: ignore[no-untyped-def]
+    tables = _tables_of_slots(lut)
     shape = (cos.shape[0], mean.shape[1])
     for s in range(len(seg_pos)):
         try:
             coded = _read(words, seg_pos[s], seg_words[s], seg_escapes[s], shape[1])
-            q = add_anchors(decode_segment(coded, _tables(fs), bits, index[s], int(group[s]), shape), int(group[s]))
+            q = add_anchors(decode_segment(coded, tables, index[s], int(group[s]), shape), int(group[s]))
         except StreamError:
             return DAMAGED, s
         _rows(out, out_pos[s], stride_t, *shape)[:] = float_to_bf16(rotate(dequantize(q, mean[s], step[s]), cos, sin))
@@ -68,14 +76,14 @@ def decode_quantized(
 
 
 def encode_lossless(
-    src, src_pos, stride_t, num_tokens, index, side, gap, fs, bits, out, out_bytes, seg_words, seg_escapes
+    src, src_pos, stride_t, num_tokens, index, side, gap, fs, out, out_bytes, seg_words, seg_escapes
 ):  # type: ignore[no-untyped-def]
     at = 0
     num_dims = index.shape[2]
     for s in range(len(src_pos)):
         raw = _rows(src, src_pos[s], stride_t, num_tokens, num_dims)
         exponent = (raw.astype(np.int32) >> 7) & 0xFF
-        coded = encode_segment(exponent - CENTRE, _tables(fs), bits, index[s], 0)
+        coded = encode_segment(exponent - CENTRE, _tables(fs), index[s], 0)
         seg_words[s], seg_escapes[s] = len(coded.words), len(coded.escapes)
         at = _write(out, at, [*side[s].tolist(), *coded.to_words()])
         rest = (((raw >> 8) & 0x80) | (raw & 0x7F)).astype(np.uint8).tobytes()
@@ -86,13 +94,14 @@ def encode_lossless(
 
 
 def decode_lossless(
-    words, payload, seg_pos, seg_words, seg_escapes, lut, fs, bits, index, out, out_pos, stride_t, num_tokens
+    words, payload, seg_pos, seg_words, seg_escapes, lut, index, out, out_pos, stride_t, num_tokens
 ):  # type: ignore[no-untyped-def]
+    tables = _tables_of_slots(lut)
     num_dims = index.shape[2]
     for s in range(len(seg_pos)):
         try:
             coded = _read(words, seg_pos[s], seg_words[s], seg_escapes[s], num_dims)
-            q = decode_segment(coded, _tables(fs), bits, index[s], 0, (num_tokens, num_dims))
+            q = decode_segment(coded, tables, index[s], 0, (num_tokens, num_dims))
         except StreamError:
             return DAMAGED, s
         at = 2 * (seg_pos[s] + 2 * min(LANES, num_dims) + seg_words[s] + 2 * seg_escapes[s])

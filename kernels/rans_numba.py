@@ -29,7 +29,13 @@ ESCAPE_COUNT = 5
 VALUE_RANGE = 6
 NOT_FINITE = 7
 
+PROB_BITS = 12  # fixed in version 1, so that shifts and masks are constants
+
 u64 = np.uint64
+FULL = u64(LANES)
+LOW = u64(STATE_LOW)
+PROB_SHIFT = u64(PROB_BITS)
+SLOT_MASK = u64((1 << PROB_BITS) - 1)
 _OPTIONS = {"nogil": True, "cache": True, "error_model": "numpy"}
 
 
@@ -45,47 +51,56 @@ def _start_segment(words, at, x):
 
 
 @njit(**_OPTIONS)
-def _decode_row(words, pos, end, x, lut_base, sym_base, lut, fs, bits, q):
-    """One token's D values into q (escapes as ESCAPE - CENTRE). Returns (new pos or -1, number of escapes)."""
-    num_dims = q.size
-    lanes = x.size
-    mask = (u64(1) << u64(bits)) - u64(1)
-    shift = u64(bits)
-    escapes = 0
+def _decode_symbol(x, j, entry):
+    """Takes lane j one symbol on, before its refill. entry: symbol << 24 | frequency << 12 | slot - start."""
+    return ((entry >> u64(12)) & SLOT_MASK) * (u64(x[j]) >> PROB_SHIFT) + (entry & SLOT_MASK)
+
+
+@njit(**_OPTIONS)
+def _decode_row(words, pos, end, x, table, lut, symbols):
+    """One token's D symbols. table [D] u64: offset of each channel's table in lut. Returns the new pos, or -1.
+
+    Unsigned loop variables spare numba's negative-index checks, which cost a third of the speed here.
+    """
+    num_dims = u64(symbols.size)
+    lanes = u64(x.size)
     p = u64(pos)
-    if end - pos >= num_dims:  # no symbol takes more than one word: no bounds to check in this row
-        for b in range(0, num_dims, lanes):
-            for j in range(min(lanes, num_dims - b)):
-                state = u64(x[j])
-                slot = state & mask
-                symbol = lut[lut_base[b + j] + slot]
-                entry = u64(fs[sym_base[b + j] + u64(symbol)])
-                state = (entry >> u64(16)) * (state >> shift) + slot - (entry & u64(0xFFFF))
-                low = state < u64(STATE_LOW)
+    b = u64(0)
+    if end - pos >= symbols.size and x.size == LANES:  # no symbol takes more than one word: no bounds to check in this row
+        while b + FULL <= num_dims:
+            for j in range(FULL):
+                entry = u64(lut[table[b + j] + (u64(x[j]) & SLOT_MASK)])
+                state = _decode_symbol(x, j, entry)
+                low = state < LOW
                 refilled = (state << u64(16)) | u64(words[p])
-                state = refilled if low else state
+                x[j] = refilled if low else state
                 p += u64(low)
-                x[j] = state
-                q[b + j] = np.int32(symbol) - np.int32(CENTRE)
-                escapes += symbol == ESCAPE
-        return np.int64(p), escapes
+                symbols[b + j] = entry >> u64(24)
+            b += FULL
     limit = u64(end)
-    for b in range(0, num_dims, lanes):
+    while b < num_dims:  # the row's last, partial run of lanes, or the segment's last rows
         for j in range(min(lanes, num_dims - b)):
-            state = u64(x[j])
-            slot = state & mask
-            symbol = lut[lut_base[b + j] + slot]
-            entry = u64(fs[sym_base[b + j] + u64(symbol)])
-            state = (entry >> u64(16)) * (state >> shift) + slot - (entry & u64(0xFFFF))
-            if state < u64(STATE_LOW):
+            entry = u64(lut[table[b + j] + (u64(x[j]) & SLOT_MASK)])
+            state = _decode_symbol(x, j, entry)
+            if state < LOW:
                 if p >= limit:
-                    return np.int64(-1), 0
+                    return np.int64(-1)
                 state = (state << u64(16)) | u64(words[p])
                 p += u64(1)
             x[j] = state
-            q[b + j] = np.int32(symbol) - np.int32(CENTRE)
-            escapes += symbol == ESCAPE
-    return np.int64(p), escapes
+            symbols[b + j] = entry >> u64(24)
+        b += lanes
+    return np.int64(p)
+
+
+@njit(**_OPTIONS)
+def _to_values(symbols, q):
+    """Symbols -> integers (escapes as ESCAPE - CENTRE). True if any is an escape."""
+    escaped = False
+    for d in range(q.size):
+        q[d] = np.int32(symbols[d]) - np.int32(CENTRE)
+        escaped |= symbols[d] == ESCAPE
+    return escaped
 
 
 @njit(**_OPTIONS)
@@ -119,19 +134,18 @@ def _finish_segment(pos, end, x, escapes_left):
 
 
 @njit(**_OPTIONS)
-def _bases(index, bits, lut_base, sym_base):
+def _table_offsets(index, bits, table):
     for d in range(index.size):
-        lut_base[d] = u64(index[d]) << u64(bits)
-        sym_base[d] = u64(index[d]) << u64(8)
+        table[d] = u64(index[d]) << u64(bits)
 
 
 @njit(**_OPTIONS)
 def decode_quantized(
-    words, seg_pos, seg_words, seg_escapes, lut, fs, bits, index, group, step, mean, cos, sin, out, out_pos, stride_t
+    words, seg_pos, seg_words, seg_escapes, lut, index, group, step, mean, cos, sin, out, out_pos, stride_t
 ):
     """Payload -> bf16 rows: entropy decode, anchor addition, dequantize, rotate, round, store; one pass.
 
-    words [*] u16; seg_pos, seg_words, seg_escapes [S] i64; lut [n << bits] u8; fs [n * 256] u32;
+    words [*] u16; seg_pos, seg_words, seg_escapes [S] i64; lut [n << 12] u32;
     index [S, 2, D] u8 (0 for anchors, 1 for the rest; plain segments use 0); group [S] i64, 0 = no delta;
     step [S] f32, mean [S, D] f32; cos, sin [T, R] f32 (R = 0: no rotation); out [*] u16, out_pos [S] i64, stride_t.
     """
@@ -145,8 +159,8 @@ def decode_quantized(
     value = np.empty(num_dims, np.float32)
     turned = np.empty(num_dims, np.float32)
     turned_bits = turned.view(np.uint32)
-    lut_base = np.empty((2, num_dims), np.uint64)
-    sym_base = np.empty((2, num_dims), np.uint64)
+    symbols = np.empty(num_dims, np.uint8)
+    table = np.empty((2, num_dims), np.uint64)
     for s in range(seg_pos.size):
         pos = seg_pos[s]
         if not _start_segment(words, pos, x):
@@ -156,15 +170,15 @@ def decode_quantized(
         esc_pos = end
         esc_left = seg_escapes[s]
         for r in range(2):
-            _bases(index[s, r], bits, lut_base[r], sym_base[r])
+            _table_offsets(index[s, r], PROB_BITS, table[r])
         size = group[s]
         scale = step[s]
         for t in range(num_tokens):
             r = 0 if size == 0 or t % size == 0 else 1
-            pos, escapes = _decode_row(words, pos, end, x, lut_base[r], sym_base[r], lut, fs, bits, q)
+            pos = _decode_row(words, pos, end, x, table[r], lut, symbols)
             if pos < 0:
                 return OUT_OF_WORDS, s
-            if escapes > 0:
+            if _to_values(symbols, q):
                 used = _fill_escapes(words, esc_pos, esc_left, q)
                 if used < 0:
                     return ESCAPE_COUNT, s
@@ -200,14 +214,14 @@ def decode_quantized(
 
 
 @njit(**_OPTIONS)
-def decode_lossless(words, payload, seg_pos, seg_words, seg_escapes, lut, fs, bits, index, out, out_pos, stride_t, num_tokens):
+def decode_lossless(words, payload, seg_pos, seg_words, seg_escapes, lut, index, out, out_pos, stride_t, num_tokens):
     """Payload -> bf16 rows, bit-exact. As decode_quantized; payload is the same memory as `words`, as bytes."""
     num_dims = index.shape[2]
     lanes = min(LANES, num_dims)
     x = np.empty(lanes, np.uint32)
     q = np.empty(num_dims, np.int32)
-    lut_base = np.empty(num_dims, np.uint64)
-    sym_base = np.empty(num_dims, np.uint64)
+    symbols = np.empty(num_dims, np.uint8)
+    table = np.empty(num_dims, np.uint64)
     for s in range(seg_pos.size):
         pos = seg_pos[s]
         if not _start_segment(words, pos, x):
@@ -217,12 +231,12 @@ def decode_lossless(words, payload, seg_pos, seg_words, seg_escapes, lut, fs, bi
         esc_pos = end
         esc_left = seg_escapes[s]
         rest_pos = 2 * (end + 2 * esc_left)
-        _bases(index[s, 0], bits, lut_base, sym_base)
+        _table_offsets(index[s, 0], PROB_BITS, table)
         for t in range(num_tokens):
-            pos, escapes = _decode_row(words, pos, end, x, lut_base, sym_base, lut, fs, bits, q)
+            pos = _decode_row(words, pos, end, x, table, lut, symbols)
             if pos < 0:
                 return OUT_OF_WORDS, s
-            if escapes > 0:
+            if _to_values(symbols, q):
                 used = _fill_escapes(words, esc_pos, esc_left, q)
                 if used < 0:
                     return ESCAPE_COUNT, s
@@ -243,35 +257,53 @@ def decode_lossless(words, payload, seg_pos, seg_words, seg_escapes, lut, fs, bi
 
 
 @njit(**_OPTIONS)
-def _encode_segment(q, num_tokens, num_dims, fs, bits, index, size, out, at, stack):
+def _encode_row(q, fs, table, x, stack, num_words):
+    """One token's D integers, last channel first, onto the stack. table [D] u64: offsets in fs. Returns (words, escapes)."""
+    num_dims = u64(q.size)
+    lanes = u64(x.size)
+    n = u64(num_words)
+    num_escapes = 0
+    b = (num_dims + lanes - u64(1)) // lanes * lanes
+    while b > u64(0):
+        b -= lanes
+        run = min(lanes, num_dims - b)
+        for i in range(run):
+            j = run - u64(1) - i
+            symbol = min(np.uint32(q[b + j] + np.int32(CENTRE)), np.uint32(ESCAPE))  # below 0 wraps to far above
+            entry = u64(fs[table[b + j] + u64(symbol)])
+            if entry < u64(1 << 16):  # frequency 0: outside this table's support
+                symbol = np.uint32(ESCAPE)
+                entry = u64(fs[table[b + j] + u64(ESCAPE)])
+            num_escapes += symbol == ESCAPE
+            freq = entry >> u64(16)
+            state = u64(x[j])
+            full = u64(state >= (freq << (u64(32) - PROB_SHIFT)))
+            stack[n] = np.uint16(state & u64(0xFFFF))  # kept only if full; a branch here would be mispredicted
+            n += full
+            state >>= full << u64(4)
+            times = u64(np.uint32(state) // np.uint32(freq))
+            x[j] = (times << PROB_SHIFT) + (state - times * freq) + (entry & u64(0xFFFF))
+    return np.int64(n), num_escapes
+
+
+@njit(**_OPTIONS)
+def _encode_segment(q, num_tokens, fs, index, size, out, at, stack):
     """q [T * D] i32 (deltas already taken) -> out from `at`. Returns (stream words, escapes).
 
-    Range-ANS is last in, first out: tokens and channels run backwards onto `stack`, which is then turned around.
+    Range-ANS is last in, first out: tokens and channels run backwards onto `stack` [T * D + 1], which is then turned.
     """
+    num_dims = index.shape[1]
     lanes = min(LANES, num_dims)
+    table = np.empty((2, num_dims), np.uint64)
+    for r in range(2):
+        _table_offsets(index[r], 8, table[r])
     x = np.full(lanes, STATE_LOW, np.uint32)
     num_words = 0
     num_escapes = 0
-    room = u64(32 - bits)
-    shift = u64(bits)
     for t in range(num_tokens - 1, -1, -1):
         r = 0 if size == 0 or t % size == 0 else 1
-        for d in range(num_dims - 1, -1, -1):
-            symbol = q[t * num_dims + d] + CENTRE
-            base = np.int64(index[r, d]) << 8
-            entry = u64(0)
-            if 0 <= symbol < ESCAPE:
-                entry = u64(fs[base + symbol])
-            if entry < u64(STATE_LOW):  # frequency 0: outside the alphabet, or outside this table's support
-                entry = u64(fs[base + ESCAPE])
-                num_escapes += 1
-            freq = entry >> u64(16)
-            state = u64(x[d % lanes])
-            if state >= (freq << room):
-                stack[num_words] = np.uint16(state & u64(0xFFFF))
-                num_words += 1
-                state >>= u64(16)
-            x[d % lanes] = ((state // freq) << shift) + state % freq + (entry & u64(0xFFFF))
+        num_words, escapes = _encode_row(q[t * num_dims : (t + 1) * num_dims], fs, table[r], x, stack, num_words)
+        num_escapes += escapes
     for j in range(lanes):
         out[at + 2 * j] = x[j] & np.uint32(0xFFFF)
         out[at + 2 * j + 1] = x[j] >> np.uint32(16)
@@ -285,8 +317,7 @@ def _encode_segment(q, num_tokens, num_dims, fs, bits, index, size, out, at, sta
             for d in range(num_dims):
                 v = q[t * num_dims + d]
                 symbol = v + CENTRE
-                base = np.int64(index[r, d]) << 8
-                if symbol < 0 or symbol >= ESCAPE or fs[base + symbol] < STATE_LOW:
+                if symbol < 0 or symbol >= ESCAPE or fs[table[r, d] + u64(symbol)] < 1 << 16:
                     raw = np.int64(v) & 0xFFFFFFFF
                     out[at] = raw & 0xFFFF
                     out[at + 1] = raw >> 16
@@ -330,7 +361,7 @@ def quantize_rows(src, at, stride_t, icos, isin, mean, inv_step, q):
 
 @njit(**_OPTIONS)
 def encode_quantized(
-    src, src_pos, stride_t, icos, isin, mean, inv_step, group, index, side, fs, bits, out, seg_words, seg_escapes
+    src, src_pos, stride_t, icos, isin, mean, inv_step, group, index, side, fs, out, seg_words, seg_escapes
 ):
     """bf16 rows -> payload. side [S, w] u16 is copied in front of each segment (w = 0: nothing shipped).
 
@@ -342,7 +373,7 @@ def encode_quantized(
     num_dims = mean.shape[1]
     lanes = min(LANES, num_dims)
     q = np.empty(num_tokens * num_dims, np.int32)
-    stack = np.empty(num_tokens * num_dims, np.uint16)
+    stack = np.empty(num_tokens * num_dims + 1, np.uint16)
     at = 0
     for s in range(src_pos.size):
         if not quantize_rows(src, src_pos[s], stride_t, icos, isin, mean[s], inv_step[s], q):
@@ -357,7 +388,7 @@ def encode_quantized(
         for i in range(side.shape[1]):
             out[at + i] = side[s, i]
         at += side.shape[1]
-        n, e = _encode_segment(q, num_tokens, num_dims, fs, bits, index[s], size, out, at, stack)
+        n, e = _encode_segment(q, num_tokens, fs, index[s], size, out, at, stack)
         seg_words[s] = n
         seg_escapes[s] = e
         at += 2 * lanes + n + 2 * e
@@ -366,7 +397,7 @@ def encode_quantized(
 
 @njit(**_OPTIONS)
 def encode_lossless(
-    src, src_pos, stride_t, num_tokens, index, side, gap, fs, bits, out, out_bytes, seg_words, seg_escapes
+    src, src_pos, stride_t, num_tokens, index, side, gap, fs, out, out_bytes, seg_words, seg_escapes
 ):
     """bf16 rows -> payload, bit-exact. As encode_quantized; out_bytes is the same memory as `out`, as bytes.
 
@@ -375,7 +406,7 @@ def encode_lossless(
     num_dims = index.shape[2]
     lanes = min(LANES, num_dims)
     q = np.empty(num_tokens * num_dims, np.int32)
-    stack = np.empty(num_tokens * num_dims, np.uint16)
+    stack = np.empty(num_tokens * num_dims + 1, np.uint16)
     at = 0
     for s in range(src_pos.size):
         for t in range(num_tokens):
@@ -386,7 +417,7 @@ def encode_lossless(
         for i in range(side.shape[1]):
             out[at + i] = side[s, i]
         at += side.shape[1]
-        n, e = _encode_segment(q, num_tokens, num_dims, fs, bits, index[s], 0, out, at, stack)
+        n, e = _encode_segment(q, num_tokens, fs, index[s], 0, out, at, stack)
         seg_words[s] = n
         seg_escapes[s] = e
         at += 2 * lanes + n + 2 * e

@@ -25,6 +25,7 @@ STATE_LOW = 1 << 16
 CENTRE = 127
 ESCAPE = 255
 MAX_MAGNITUDE = 1 << 20
+PROB_BITS = 12
 
 
 class StreamError(ValueError):
@@ -66,8 +67,8 @@ def row_kind(token: int, group: int) -> int:
     return 0 if group == 0 or token % group == 0 else 1
 
 
-def encode_segment(q: np.ndarray, freqs: np.ndarray, bits: int, index: np.ndarray, group: int) -> Segment:
-    """q [T, D] integers (deltas already taken), freqs [n, 256] summing to 2**bits, index [2, D] table numbers."""
+def encode_segment(q: np.ndarray, freqs: np.ndarray, index: np.ndarray, group: int) -> Segment:
+    """q [T, D] integers (deltas already taken), freqs [n, 256] summing to 2**PROB_BITS, index [2, D] table numbers."""
     num_tokens, num_dims = q.shape
     lanes = min(LANES, num_dims)
     starts = starts_of(freqs.astype(np.int64))
@@ -83,15 +84,15 @@ def encode_segment(q: np.ndarray, freqs: np.ndarray, bits: int, index: np.ndarra
                 escapes.append(int(q[t, d]))
             freq, start = int(freqs[table, symbol]), int(starts[table, symbol])
             state = states[d % lanes]
-            if state >= freq << (32 - bits):
+            if state >= freq << (32 - PROB_BITS):
                 words.append(state & 0xFFFF)
                 state >>= 16
-            states[d % lanes] = ((state // freq) << bits) + state % freq + start
+            states[d % lanes] = ((state // freq) << PROB_BITS) + state % freq + start
     return Segment(states=states, words=words[::-1], escapes=escapes[::-1])
 
 
 def decode_segment(
-    segment: Segment, freqs: np.ndarray, bits: int, index: np.ndarray, group: int, shape: tuple[int, int]
+    segment: Segment, freqs: np.ndarray, index: np.ndarray, group: int, shape: tuple[int, int]
 ) -> np.ndarray:
     """Inverse of encode_segment: int32 [T, D]. Raises StreamError."""
     num_tokens, num_dims = shape
@@ -107,9 +108,9 @@ def decode_segment(
         for d in range(num_dims):
             table = int(index[row_kind(t, group), d])
             state = states[d % lanes]
-            slot = state & ((1 << bits) - 1)
+            slot = state & ((1 << PROB_BITS) - 1)
             symbol = int(symbol_of[table][slot])
-            state = int(freqs[table, symbol]) * (state >> bits) + slot - int(starts[table, symbol])
+            state = int(freqs[table, symbol]) * (state >> PROB_BITS) + slot - int(starts[table, symbol])
             if state < STATE_LOW:
                 word = next(words, None)
                 if word is None:
