@@ -6,12 +6,16 @@ caller's business. Not thread-safe: one engine, one thread.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kernels.attention import TILE_TOKENS
+from kernels.row_invariance import MULTIPLES, least_row_multiple
 from prefill.attention import PagedBatch, Span
 from prefill.block_allocator import BlockAllocator, blocks_for
 from prefill.kv_pool import KVPool
@@ -34,46 +38,53 @@ class SliceInvalid(ValueError):
 
 
 class Engine:
-    def __init__(self, model: LoadedModel, pool: KVPool) -> None:
+    """`row_multiple`: every matrix product sees a multiple of so many rows, because from there on a row's bits do
+    not depend on the others. Found by measuring the model's own weights when it is not given."""
+
+    def __init__(self, model: LoadedModel, pool: KVPool, *, row_multiple: int | None = None) -> None:
         assert pool.layout == model.layout, (pool.layout, model.layout)
         self.model = model
         self.pool = pool
+        self.row_multiple = measured_row_multiple(model) if row_multiple is None else row_multiple
 
     def forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
-        """Compute all slices in one pass, write their KV into the pages, and return the logits after the last token of
-        each slice that asked for them: float32 [slices with need_logits, vocab], in the order of the slices.
-        Raises `SliceInvalid`."""
+        """Compute all slices in one pass, write their KV into the pages, and return the logits after the last
+        token of each slice that asked for them: float32 [slices with need_logits, vocab], in the order of the
+        slices. Raises `SliceInvalid`."""
+        spans = self._spans(slices)
+        last_rows = [span.row + span.num_tokens - 1 for span, s in zip(spans, slices, strict=True) if s.need_logits]
+        if not spans:
+            return torch.empty(0, self.model.vocab_size)
+        batch = PagedBatch(self.pool, spans, self.row_multiple)
+        ids = self._padded([token for s in slices for token in s.token_ids])
+        positions = self._padded([position for span in spans for position in range(span.start, span.stop)])
+        network = self.model.model
+        with torch.inference_mode():
+            if not last_rows:  # spare the projection to the vocabulary
+                network.base_model(ids[None], position_ids=positions[None], use_cache=False, kv=batch)
+                return torch.empty(0, self.model.vocab_size)
+            out = network(
+                ids[None],
+                position_ids=positions[None],
+                use_cache=False,
+                logits_to_keep=self._padded(last_rows),
+                kv=batch,
+            )
+            return out.logits[0, : len(last_rows)].float()
+
+    def _spans(self, slices: Sequence[SequenceSlice]) -> list[Span]:
         spans: list[Span] = []
         row = 0
         for item in slices:
             self._check(item)
-            spans.append(
-                Span(row=row, num_tokens=len(item.token_ids), start=item.start, block_table=item.block_table)
-            )
-            row += len(item.token_ids)
-        last_rows = [
-            s.row + s.num_tokens - 1 for s, item in zip(spans, slices, strict=True) if item.need_logits
-        ]
-        if not spans:
-            return torch.empty(0, self.model.vocab_size)
-        device = self.model.device
-        ids = torch.tensor([token for item in slices for token in item.token_ids], device=device)
-        positions = torch.cat([torch.arange(s.start, s.stop) for s in spans]).to(device)
-        with torch.inference_mode():
-            batch = PagedBatch(self.pool, spans)
-            if not last_rows:  # spare the vocabulary projection
-                self.model.model.base_model(
-                    ids[None], position_ids=positions[None], use_cache=False, kv=batch
-                )
-                return torch.empty(0, self.model.vocab_size)
-            out = self.model.model(
-                ids[None],
-                position_ids=positions[None],
-                use_cache=False,
-                logits_to_keep=torch.tensor(last_rows, device=device),
-                kv=batch,
-            )
-            return out.logits[0].float()
+            num_tokens = len(item.token_ids)
+            spans.append(Span(row=row, num_tokens=num_tokens, start=item.start, block_table=item.block_table))
+            row += num_tokens
+        return spans
+
+    def _padded(self, values: list[int]) -> Tensor:
+        missing = -len(values) % self.row_multiple
+        return torch.tensor(values + [0] * missing, device=self.model.device)
 
     def _check(self, item: SequenceSlice) -> None:
         stop = item.start + len(item.token_ids)
@@ -83,6 +94,43 @@ class Engine:
             raise SliceInvalid(f"tokens up to {stop} exceed the model's context of {self.model.max_context}")
         if stop > len(item.block_table) * self.pool.block_tokens:
             raise SliceInvalid(f"tokens up to {stop} do not fit {len(item.block_table)} blocks")
+
+
+class ScheduleVariantWarning(UserWarning):
+    """On this machine the same prompt may give other tokens in another batch."""
+
+
+def measured_row_multiple(model: LoadedModel) -> int:
+    """The least number of rows to pad to so that this machine's matrix products treat rows alike, measured with
+    the weights of the first layer, the output projection and the two products of attention. Some 0.1 s."""
+    generator = torch.Generator().manual_seed(0)
+    layout, dtype, device = model.layout, model.layout.torch_dtype, model.device
+
+    def example(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+
+    products = []
+    seen: set[tuple[int, ...]] = set()
+    for module in model.model.modules():
+        # Weights of one shape go the same way; wide ones are cut, as only the depth decides the order of sums.
+        if isinstance(module, nn.Linear) and module.weight.shape not in seen:
+            seen.add(tuple(module.weight.shape))
+            weight = module.weight[:4096]
+            products.append((partial(nn.functional.linear, weight=weight), example(1, 512, weight.shape[1])))
+    keys = example(layout.num_kv_heads, TILE_TOKENS, layout.head_dim_k).transpose(1, 2)
+    values = example(layout.num_kv_heads, TILE_TOKENS, layout.head_dim_v)
+    products.append((partial(torch.bmm, mat2=keys), example(layout.num_kv_heads, 512, layout.head_dim_k)))
+    products.append((partial(torch.bmm, mat2=values), example(layout.num_kv_heads, 512, TILE_TOKENS)))
+    with torch.inference_mode():
+        multiple = least_row_multiple(products)
+    if multiple is None:
+        warnings.warn(
+            f"{device} sums the rows of a {layout.dtype} matrix product in an order that depends on how many there "
+            "are: the same prompt may give other tokens in another batch",
+            ScheduleVariantWarning,
+            stacklevel=3,
+        )
+    return multiple or MULTIPLES[0]
 
 
 def prefill(
