@@ -45,7 +45,7 @@ class Pacing:
     scheduling_slack_s: float = 0.005  # a busy Python thread keeps the interpreter lock for up to 5 ms
     part_s: float = 0.02  # a part should take about this long on the link ...
     min_part_bytes: int = 16 * KB
-    first_part_bytes: int = 64 * KB  # ... and this is its size before the rate is known
+    first_part_bytes: int = 32 * KB  # ... and this is its size before the rate is known
     max_part_bytes: int = 256 * KB
     min_window_parts: int = 2
     max_window_bytes: int = 8 * MB

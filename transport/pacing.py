@@ -12,8 +12,9 @@ from collections import deque
 
 from transport.limits import Pacing
 
-SAMPLE_S = 0.02  # of wire time ...
+SAMPLE_S = 0.02  # and at least a round trip ...
 FAST_SAMPLE_S, FAST_SAMPLE_PARTS = 0.005, 16  # ... or this, where many parts smooth out how the processor served us
+IDLE_S = 0.01  # beyond two round trips: the source had nothing to send
 RATE_SAMPLES = 8  # so a link that slowed is believed after 8 samples
 MEMORY_S = 60.0
 
@@ -41,7 +42,7 @@ class LinkPacer:
     def __init__(self, pacing: Pacing) -> None:
         self._pacing = pacing
         self._rates: deque[float] = deque(maxlen=RATE_SAMPLES)  # bytes per second
-        self._sample_s = 0.0
+        self._sample_start: float | None = None
         self._sample_bytes = 0
         self._sample_parts = 0
         self._growing = True
@@ -58,21 +59,31 @@ class LinkPacer:
         self._one_way.add(at - sent_us * 1e-6, at)
 
     def on_part(self, num_bytes: int, *, sent_us: int, at: float) -> float:
-        """Returns wire_s: how long the link was busy with this part."""
+        """Returns wire_s: how long the link was busy with this part (at least a microsecond)."""
         one_way_s = self._one_way.value
         left_at = at if one_way_s is None else min(at, sent_us * 1e-6 + one_way_s)
-        wire_s = at - max(self._last_part_at, left_at)
+        idle_s = left_at - self._last_part_at
+        wire_s = max(1e-6, at - max(self._last_part_at, left_at))
         self._last_part_at = at
-        self._sample_s += wire_s
+        self._sample(num_bytes, idle_s, at)
+        return wire_s
+
+    def _sample(self, num_bytes: int, idle_s: float, at: float) -> None:
+        """Delivery rate over spans without idleness. Not bytes ÷ wire_s: a link with a burst allowance takes a small
+        blob at once, which says nothing about how much may be committed to it."""
+        rtt_s = self.rtt_s or 0.0
+        if self._sample_start is None or idle_s > 2 * rtt_s + IDLE_S:
+            self._sample_start, self._sample_bytes, self._sample_parts = at, 0, 0
+            return
         self._sample_bytes += num_bytes
         self._sample_parts += 1
-        fast = self._sample_s >= FAST_SAMPLE_S and self._sample_parts >= FAST_SAMPLE_PARTS
-        if fast or self._sample_s >= SAMPLE_S:
-            rate = self._sample_bytes / self._sample_s
+        elapsed_s = at - self._sample_start
+        fast = elapsed_s >= FAST_SAMPLE_S and self._sample_parts >= FAST_SAMPLE_PARTS
+        if elapsed_s >= rtt_s and (fast or elapsed_s >= SAMPLE_S):
+            rate = self._sample_bytes / elapsed_s
             self._growing = not self._rates or rate > 1.25 * max(self._rates)
             self._rates.append(rate)
-            self._sample_s, self._sample_bytes, self._sample_parts = 0.0, 0, 0
-        return wire_s
+            self._sample_start, self._sample_bytes, self._sample_parts = at, 0, 0
 
     @property
     def rate(self) -> float | None:

@@ -14,7 +14,8 @@ import socket
 import time
 from collections import deque
 
-BURST_BYTES = 64 * 1024
+BURST_S = 0.01  # after idleness, and to make up for this process being late: this much of the rate ...
+MIN_BURST_BYTES, MAX_BURST_BYTES = 8 * 1024, 64 * 1024  # ... within these
 READ_BYTES = 64 * 1024  # the most that is read ahead of the bucket per connection and direction
 UNLIMITED_READ_BYTES = 1024 * 1024
 READ_S = 0.004  # a read takes about this long on the link, so that a change of rate is felt at once
@@ -42,7 +43,8 @@ class Bucket:
         if rate_bps == math.inf:
             self.free_at = now
             return 0.0
-        start = max(self.free_at, now - BURST_BYTES * 8 / rate_bps)
+        burst_bytes = min(MAX_BURST_BYTES, max(MIN_BURST_BYTES, rate_bps / 8 * BURST_S))
+        start = max(self.free_at, now - burst_bytes * 8 / rate_bps)
         self.free_at = start + num_bytes * 8 / rate_bps
         return max(0.0, self.free_at - now)
 

@@ -120,6 +120,7 @@ class Sink:
             epoch=self._epoch,
             pacer=LinkPacer(self._pacing),
             last_heard=self._now,
+            hello_at=self._now,
         )
         self._links[link.name] = self._by_endpoint[link.endpoint] = link
         self._out.append(Connect(link=link.name, endpoint=link.endpoint, server_public_key=event.server_public_key))
@@ -230,6 +231,8 @@ class Sink:
             return self._on_turned_away(link, turned_away(differs))
         link.peer_incarnation = packet.incarnation
         link.pacer.on_departure(message.sent_us, self._now)
+        # Connecting included, but nothing of ours was queued yet: a later pong may come behind many parts.
+        link.pacer.on_rtt(self._now - link.hello_at, self._now)
         self._ping(link)
 
     def _on_accept(self, link: Link, packet: Packet) -> None:
@@ -367,12 +370,15 @@ class Sink:
     # -- helpers --
 
     def _grant(self, link: Link) -> None:
-        """Raise the credit when that is worth a message."""
-        window = link.pacer.window_bytes
-        limit = link.received_bytes + window
-        if limit - link.granted_bytes >= min(link.pacer.part_bytes, window // 4):
-            link.granted_bytes = limit
-            self._send(link, Credit(limit_bytes=limit, part_bytes=link.pacer.part_bytes))
+        """Raise the credit when that is worth a message. What is not granted yet is under a quarter of the window,
+        which holds two parts, and the source knows the part size: so it never waits with nothing on its way."""
+        window_bytes, part_bytes = link.pacer.window_bytes, link.pacer.part_bytes
+        limit_bytes = link.received_bytes + window_bytes
+        worth_it = limit_bytes - link.granted_bytes >= min(part_bytes, window_bytes // 4)
+        if worth_it or part_bytes != link.granted_part_bytes:
+            link.granted_bytes = max(link.granted_bytes, limit_bytes)
+            link.granted_part_bytes = part_bytes
+            self._send(link, Credit(limit_bytes=link.granted_bytes, part_bytes=part_bytes))
 
     def _send(self, link: Link, message: Message) -> None:
         link.out_seq += 1

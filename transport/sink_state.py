@@ -123,6 +123,7 @@ class Link:
     epoch: int
     pacer: LinkPacer
     last_heard: float
+    hello_at: float
     peer_incarnation: str | None = None  # None until welcomed
     in_seq: int = 0
     out_seq: int = 0
@@ -130,6 +131,7 @@ class Link:
     ping_at: float = 0.0
     received_bytes: int = 0
     granted_bytes: int = 0
+    granted_part_bytes: int = 0
     idle_since: float | None = None
     suspect: bool = False
     transfers: set[str] = field(default_factory=set)
