@@ -84,6 +84,4 @@ class KVPool:
         if pages is not None:
             return pages[0].clone(), pages[1].clone()
         slots = self.slots(block_table, start, stop).to(self.device)
-        return self._k_all.flatten(1, 2).index_select(1, slots), self._v_all.flatten(1, 2).index_select(
-            1, slots
-        )
+        return self._k_all.flatten(1, 2).index_select(1, slots), self._v_all.flatten(1, 2).index_select(1, slots)

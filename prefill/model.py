@@ -42,12 +42,7 @@ class KVLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        return (
-            self.num_layers
-            * self.num_kv_heads
-            * (self.head_dim_k + self.head_dim_v)
-            * self.torch_dtype.itemsize
-        )
+        return self.num_layers * self.num_kv_heads * (self.head_dim_k + self.head_dim_v) * self.torch_dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,9 +82,7 @@ def load_model(path: str | Path, *, dtype: str = "bfloat16", device: str = "cpu"
     if dtype not in DTYPES:
         raise ModelRefused(f"dtype {dtype!r} is not known: use one of {', '.join(DTYPES)}")
     if not folder.is_dir():
-        raise ModelRefused(
-            f"there is no model folder at {folder}: give the path of a folder with config.json"
-        )
+        raise ModelRefused(f"there is no model folder at {folder}: give the path of a folder with config.json")
     if not (folder / "config.json").is_file():
         raise ModelRefused(f"{folder} has no config.json: is this the folder of a transformers model?")
     refuse_kernels_distribution()
