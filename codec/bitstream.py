@@ -1,6 +1,6 @@
 """The blob's outer form: header, segment directory, checksum. Bytes in, plain data out; pure. SPEC.md is the text.
 
-    header 64 | directory 8 * S | payload | crc32 4          S = 2 * L * H segments, all K's then all V's (raw: S = 0)
+header 64 | directory 8 * S | payload | crc32 4          S = 2 * L * H segments, all K's then all V's (raw: S = 0)
 """
 
 from __future__ import annotations
@@ -86,17 +86,45 @@ def parse_header(blob: memoryview) -> BlobInfo:
         if blob.nbytes >= 5 and (bytes(blob[:4]) != MAGIC or blob[4] != VERSION):
             raise WrongVersion("not a kvstream blob of this version")
         raise TruncatedBlob(f"{blob.nbytes} bytes are fewer than a header's {HEADER_BYTES}")
-    (magic, version, kind, dtype, flags, level, profile_id, layers, heads, dim_k, dim_v, tokens, lanes, prob_bits, zero, body, zero2, crc) = (
-        HEADER.unpack(blob[:HEADER_BYTES])
-    )
+    (
+        magic,
+        version,
+        kind,
+        dtype,
+        flags,
+        level,
+        profile_id,
+        layers,
+        heads,
+        dim_k,
+        dim_v,
+        tokens,
+        lanes,
+        prob_bits,
+        zero,
+        body,
+        zero2,
+        crc,
+    ) = HEADER.unpack(blob[:HEADER_BYTES])
     if magic != MAGIC:
         raise WrongVersion(f"not a kvstream blob: starts with {magic!r}, not {MAGIC!r}")
     if version != VERSION:
-        raise WrongVersion(f"blob version {version}, this build reads {VERSION}; run the same kvstream on both ends")
+        raise WrongVersion(
+            f"blob version {version}, this build reads {VERSION}; run the same kvstream on both ends"
+        )
     if zlib.crc32(blob[: HEADER_BYTES - 4]) != crc:
         raise ChecksumMismatch("the header's checksum does not fit: the bytes changed on the way")
     name = level.rstrip(b"\0")
-    if kind > 2 or dtype not in DTYPE_NAMES or flags > 3 or zero or zero2 or not name or not name.isascii() or b"\0" in name:
+    if (
+        kind > 2
+        or dtype not in DTYPE_NAMES
+        or flags > 3
+        or zero
+        or zero2
+        or not name
+        or not name.isascii()
+        or b"\0" in name
+    ):
         raise MalformedBlob("the header holds an unknown kind, dtype, flag or level name")
     for what, value, limit in (
         ("layers", layers, MAX_LAYERS), ("heads", heads, MAX_HEADS), ("head dim of K", dim_k, MAX_HEAD_DIM),
@@ -112,21 +140,31 @@ def parse_header(blob: memoryview) -> BlobInfo:
         lanes=lanes, prob_bits=prob_bits, body_bytes=body,
     )  # fmt: skip
     if info.decoded_bytes > MAX_DECODED_BYTES:
-        raise BlobTooLarge(f"the chunk would decode to {info.decoded_bytes} bytes, over the limit of {MAX_DECODED_BYTES}")
+        raise BlobTooLarge(
+            f"the chunk would decode to {info.decoded_bytes} bytes, over the limit of {MAX_DECODED_BYTES}"
+        )
     if info.kind is not LevelKind.RAW and (info.lanes, info.prob_bits) != (LANES, PROB_BITS):
-        raise MalformedBlob(f"{info.lanes} lanes, {info.prob_bits} probability bits; version {VERSION} has {LANES}, {PROB_BITS}")
+        raise MalformedBlob(
+            f"{info.lanes} lanes, {info.prob_bits} probability bits; version {VERSION} has {LANES}, {PROB_BITS}"
+        )
     return info
 
 
 def check_body(blob: memoryview, info: BlobInfo) -> memoryview:
     """The body, once length and checksum hold."""
     if blob.nbytes < info.total_bytes:
-        raise TruncatedBlob(f"{blob.nbytes} bytes came, the header says {info.total_bytes}; ask for the chunk again")
+        raise TruncatedBlob(
+            f"{blob.nbytes} bytes came, the header says {info.total_bytes}; ask for the chunk again"
+        )
     if blob.nbytes > info.total_bytes:
-        raise MalformedBlob(f"{blob.nbytes} bytes came, the header says {info.total_bytes}: something follows the blob")
+        raise MalformedBlob(
+            f"{blob.nbytes} bytes came, the header says {info.total_bytes}: something follows the blob"
+        )
     stated = int.from_bytes(blob[-CRC_BYTES:], "little")
     if zlib.crc32(blob[:-CRC_BYTES]) != stated:
-        raise ChecksumMismatch("the checksum does not fit: the bytes changed on the way; ask for the chunk again")
+        raise ChecksumMismatch(
+            "the checksum does not fit: the bytes changed on the way; ask for the chunk again"
+        )
     return blob[HEADER_BYTES:-CRC_BYTES]
 
 
@@ -180,15 +218,25 @@ def parse_directory(body: memoryview, info: BlobInfo) -> tuple[np.ndarray, Segme
     if (entries > values[:, None]).any():
         raise MalformedBlob("the directory claims more words or escapes than a segment has values")
     fixed = np.repeat(
-        [side_words(info.kind, info.is_shipped, d) + 2 * min(LANES, d) + rest_words(info, d) for d in (dim_k, dim_v)], layers * heads
+        [
+            side_words(info.kind, info.is_shipped, d) + 2 * min(LANES, d) + rest_words(info, d)
+            for d in (dim_k, dim_v)
+        ],
+        layers * heads,
     )
     sizes = fixed + entries[:, 0] + 2 * entries[:, 1]
     payload = body[ENTRY_BYTES * count :]
     if int(sizes.sum()) * 2 != payload.nbytes:
-        raise MalformedBlob(f"the directory accounts for {int(sizes.sum()) * 2} payload bytes, there are {payload.nbytes}")
+        raise MalformedBlob(
+            f"the directory accounts for {int(sizes.sum()) * 2} payload bytes, there are {payload.nbytes}"
+        )
     pos = np.cumsum(sizes) - sizes
     tables = [
-        SegmentTable(pos=pos[part], words=np.ascontiguousarray(entries[part, 0]), escapes=np.ascontiguousarray(entries[part, 1]))
+        SegmentTable(
+            pos=pos[part],
+            words=np.ascontiguousarray(entries[part, 0]),
+            escapes=np.ascontiguousarray(entries[part, 1]),
+        )
         for part in (slice(0, count // 2), slice(count // 2, count))
     ]
     words = np.frombuffer(payload, "<u2")

@@ -76,7 +76,13 @@ def warmup(profile: Profile) -> None:
 
 
 def encode_chunk(
-    k: torch.Tensor, v: torch.Tensor, *, level: str, profile: Profile, rope: RopeTable | None, backend: Backend = "numba"
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    level: str,
+    profile: Profile,
+    rope: RopeTable | None,
+    backend: Backend = "numba",
 ) -> bytes:
     """k, v [L, T, H, D], bf16, fp16 or fp32, any strides; rope: the chunk's own positions, None only without RoPE.
 
@@ -125,11 +131,15 @@ def _check_tensors(k: torch.Tensor, v: torch.Tensor, profile: Profile) -> str:
         if tensor.ndim != 4 or tensor.shape[0] != layers or tensor.shape[2:] != (heads, dim):
             raise UnencodableTensor(f"{which} is {list(tensor.shape)}, the profile is for {wanted}")
         if tensor.dtype not in _DTYPES or tensor.dtype != k.dtype:
-            raise UnencodableTensor(f"{which} is {tensor.dtype}; want bfloat16, float16 or float32, K and V alike")
+            raise UnencodableTensor(
+                f"{which} is {tensor.dtype}; want bfloat16, float16 or float32, K and V alike"
+            )
         if tensor.device.type != "cpu":
             raise UnencodableTensor(f"{which} is on {tensor.device}; this encoder takes CPU tensors")
         if not 1 <= tensor.shape[1] <= bitstream.MAX_TOKENS or tensor.shape[1] != k.shape[1]:
-            raise UnencodableTensor(f"{which} has {tensor.shape[1]} tokens; want 1 to {bitstream.MAX_TOKENS}, K and V alike")
+            raise UnencodableTensor(
+                f"{which} has {tensor.shape[1]} tokens; want 1 to {bitstream.MAX_TOKENS}, K and V alike"
+            )
     return _DTYPES[k.dtype]
 
 
@@ -169,7 +179,13 @@ def _flat_plan(plan: TensorPlan, heads: int) -> tuple[Array, Array, Array]:
 
 
 def _encode_quantized(
-    coder: ModuleType, which: str, tensor: torch.Tensor, spec: Level, plan: TensorPlan | None, mean: Array, rope: RopeTable | None
+    coder: ModuleType,
+    which: str,
+    tensor: torch.Tensor,
+    spec: Level,
+    plan: TensorPlan | None,
+    mean: Array,
+    rope: RopeTable | None,
 ) -> tuple[Array, Array, Array]:
     """-> (payload words, stream words [S], escapes [S])"""
     book = spec.codebook
@@ -184,7 +200,11 @@ def _encode_quantized(
         side = np.zeros((count, 0), np.uint16)
     else:
         measured = [
-            shipped.measure(_finite(unrotate(bf16_to_float(src.segment(s)), icos, isin), which, s // heads, spec), spec.step_factor, book)
+            shipped.measure(
+                _finite(unrotate(bf16_to_float(src.segment(s)), icos, isin), which, s // heads, spec),
+                spec.step_factor,
+                book,
+            )
             for s in range(count)
         ]
         mean, step, chosen = (np.stack(column) for column in zip(*measured, strict=True))
@@ -207,11 +227,15 @@ def _encode_quantized(
 
 def _finite(x: Array, which: str, layer: int, spec: Level) -> Array:
     if not np.isfinite(x).all():
-        raise UnencodableTensor(f"{which} of layer {layer} holds NaN or Inf, which level {spec.name} cannot code; use lossless or raw")
+        raise UnencodableTensor(
+            f"{which} of layer {layer} holds NaN or Inf, which level {spec.name} cannot code; use lossless or raw"
+        )
     return x
 
 
-def _encode_lossless(coder: ModuleType, tensor: torch.Tensor, spec: Level, plan: TensorPlan | None) -> tuple[Array, Array, Array]:
+def _encode_lossless(
+    coder: ModuleType, tensor: torch.Tensor, spec: Level, plan: TensorPlan | None
+) -> tuple[Array, Array, Array]:
     """-> (payload words, stream words [S], escapes [S])"""
     book = spec.codebook
     assert book is not None
@@ -234,10 +258,28 @@ def _encode_lossless(coder: ModuleType, tensor: torch.Tensor, spec: Level, plan:
     out = np.empty(count * (side.shape[1] + 2 * rans_numba.LANES + 4 * num_tokens * dim + 1 + gap), np.uint16)
     words, escapes = np.zeros(count, np.int64), np.zeros(count, np.int64)
     _, _, used = coder.encode_lossless(
-        src.flat, src.pos, src.stride_t, num_tokens, index, side, gap, book.fs, out, out.view(np.uint8), words, escapes
+        src.flat,
+        src.pos,
+        src.stride_t,
+        num_tokens,
+        index,
+        side,
+        gap,
+        book.fs,
+        out,
+        out.view(np.uint8),
+        words,
+        escapes,
     )
     if low is not None:
-        sizes = side.shape[1] + 2 * min(rans_numba.LANES, dim) + words + 2 * escapes + (num_tokens * dim + 1) // 2 + gap
+        sizes = (
+            side.shape[1]
+            + 2 * min(rans_numba.LANES, dim)
+            + words
+            + 2 * escapes
+            + (num_tokens * dim + 1) // 2
+            + gap
+        )
         for end, part in zip(np.cumsum(sizes), low, strict=True):
             out[end - gap : end] = part
     return out[:used], words, escapes
@@ -285,9 +327,13 @@ def decode_chunk(
             code, segment = _decode_lossless(_BACKENDS[backend], payload, table, info, spec, plan, target)
         else:
             used_rope = rope if which == "K" and info.is_unrotated else None
-            code, segment = _decode_quantized(_BACKENDS[backend], payload, table, info, spec, plan, mean, used_rope, target)
+            code, segment = _decode_quantized(
+                _BACKENDS[backend], payload, table, info, spec, plan, mean, used_rope, target
+            )
         if code != rans_numba.OK:
-            raise MalformedBlob(f"{which} of layer {segment // info.layout[1]}: the stream is not what an encoder writes (code {code})")
+            raise MalformedBlob(
+                f"{which} of layer {segment // info.layout[1]}: the stream is not what an encoder writes (code {code})"
+            )
         if target is not tensor:
             _store(tensor, target, info, payload, table)
     return k, v
@@ -304,8 +350,14 @@ def _check_out(k: torch.Tensor, v: torch.Tensor, info: BlobInfo) -> None:
     layers, heads, dim_k, dim_v = info.layout
     for which, tensor, dim in (("K", k, dim_k), ("V", v, dim_v)):
         wanted = (layers, info.num_tokens, heads, dim)
-        if tuple(tensor.shape) != wanted or tensor.dtype is not _TORCH[info.dtype] or tensor.device.type != "cpu":
-            raise CodecError(f"out for {which} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}; want {list(wanted)} {info.dtype} on cpu")
+        if (
+            tuple(tensor.shape) != wanted
+            or tensor.dtype is not _TORCH[info.dtype]
+            or tensor.device.type != "cpu"
+        ):
+            raise CodecError(
+                f"out for {which} is {list(tensor.shape)} {tensor.dtype} on {tensor.device}; want {list(wanted)} {info.dtype} on cpu"
+            )
 
 
 def _decode_raw(body: memoryview, info: BlobInfo, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -345,7 +397,11 @@ def _decode_quantized(
     else:
         width = bitstream.side_words(info.kind, True, dim)
         mean, step, chosen = shipped.unpack_side(shipped.read_side(payload, pos, width), dim, book)
-        index, group, pos = np.repeat(chosen[:, None, :], 2, axis=1), np.zeros(len(pos), np.int64), pos + width
+        index, group, pos = (
+            np.repeat(chosen[:, None, :], 2, axis=1),
+            np.zeros(len(pos), np.int64),
+            pos + width,
+        )
     cos, sin = _rope_halves(rope, num_tokens, inverse=False)
     dst = _Strided.of(target)
     result: tuple[int, int] = coder.decode_quantized(
@@ -356,7 +412,13 @@ def _decode_quantized(
 
 
 def _decode_lossless(
-    coder: ModuleType, payload: Array, table: SegmentTable, info: BlobInfo, spec: Level, plan: TensorPlan | None, target: torch.Tensor
+    coder: ModuleType,
+    payload: Array,
+    table: SegmentTable,
+    info: BlobInfo,
+    spec: Level,
+    plan: TensorPlan | None,
+    target: torch.Tensor,
 ) -> tuple[int, int]:
     book = spec.codebook
     assert book is not None
@@ -376,14 +438,24 @@ def _decode_lossless(
     return result
 
 
-def _store(tensor: torch.Tensor, target: torch.Tensor, info: BlobInfo, payload: Array, table: SegmentTable) -> None:
+def _store(
+    tensor: torch.Tensor, target: torch.Tensor, info: BlobInfo, payload: Array, table: SegmentTable
+) -> None:
     """From the coder's bf16 into what was asked for: other strides, fp16, or fp32 (lossless: plus the low halves)."""
     if info.kind is LevelKind.LOSSLESS and info.dtype == "float32":
         layers, num_tokens, heads, dim = target.shape
         width = num_tokens * dim
-        head = bitstream.side_words(info.kind, info.is_shipped, dim) + 2 * min(rans_numba.LANES, dim) + (width + 1) // 2
+        head = (
+            bitstream.side_words(info.kind, info.is_shipped, dim)
+            + 2 * min(rans_numba.LANES, dim)
+            + (width + 1) // 2
+        )
         start = table.pos + head + table.words + 2 * table.escapes
-        low = np.stack([payload[at : at + width] for at in start]).reshape(layers, heads, num_tokens, dim).transpose(0, 2, 1, 3)
+        low = (
+            np.stack([payload[at : at + width] for at in start])
+            .reshape(layers, heads, num_tokens, dim)
+            .transpose(0, 2, 1, 3)
+        )
         high = target.view(torch.int16).numpy().view(np.uint16)
         tensor.copy_(torch.from_numpy(((high.astype(np.uint32) << 16) | low).view(np.float32)))
     elif info.dtype == "float16":

@@ -1,17 +1,17 @@
 """The codec's exceptions. Pure; imports nothing.
 
-    CodecError
-    +-- BlobError                what came from elsewhere cannot be decoded
-    |   +-- TruncatedBlob        fewer bytes than the header promises
-    |   +-- ChecksumMismatch     the bytes changed on the way
-    |   +-- WrongVersion         another format, or another version of it
-    |   +-- WrongProfile         coded with another profile
-    |   +-- BlobTooLarge         over a stated limit; nothing was allocated
-    |   +-- MalformedBlob        a valid checksum over contents that make no sense
-    +-- UnencodableTensor        the tensor cannot keep the level's promise (NaN, Inf, too large, wrong shape)
-    +-- UnknownLevel             the profile has no such level
-    +-- InvalidProfile           the profile file is damaged or not a profile
-    +-- RopeRequired             the level codes keys before RoPE and no matching RopeTable was given
+CodecError
++-- BlobError                what came from elsewhere cannot be decoded
+|   +-- TruncatedBlob        fewer bytes than the header promises
+|   +-- ChecksumMismatch     the bytes changed on the way
+|   +-- WrongVersion         another format, or another version of it
+|   +-- WrongProfile         coded with another profile
+|   +-- BlobTooLarge         over a stated limit; nothing was allocated
+|   +-- MalformedBlob        a valid checksum over contents that make no sense
++-- UnencodableTensor        the tensor cannot keep the level's promise (NaN, Inf, too large, wrong shape)
++-- UnknownLevel             the profile has no such level
++-- InvalidProfile           the profile file is damaged or not a profile
++-- RopeRequired             the level codes keys before RoPE and no matching RopeTable was given
 """
 
 from __future__ import annotations

@@ -114,11 +114,21 @@ def _check(profile: Profile) -> None:
         for plan, dim in ((level.k, lay.head_dim_k), (level.v, lay.head_dim_v)):
             if plan is None:
                 continue
-            fits = plan.index.shape == (lay.num_layers, lay.num_kv_heads, 2, dim) and plan.index.dtype == np.uint8
-            fits = fits and plan.step.shape == (lay.num_layers, lay.num_kv_heads) and plan.group.shape == (lay.num_layers,)
+            fits = (
+                plan.index.shape == (lay.num_layers, lay.num_kv_heads, 2, dim)
+                and plan.index.dtype == np.uint8
+            )
+            fits = (
+                fits
+                and plan.step.shape == (lay.num_layers, lay.num_kv_heads)
+                and plan.group.shape == (lay.num_layers,)
+            )
             if not fits or int(plan.index.max(initial=0)) >= level.codebook.num_tables:
                 raise InvalidProfile(f"level {level.name} does not fit the layout or names a table it lacks")
-            if not ((plan.step >= MIN_STEP) & (plan.step <= MAX_STEP)).all() or not ((plan.group >= 0) & (plan.group <= 4096)).all():
+            if (
+                not ((plan.step >= MIN_STEP) & (plan.step <= MAX_STEP)).all()
+                or not ((plan.group >= 0) & (plan.group <= 4096)).all()
+            ):
                 raise InvalidProfile(f"level {level.name} has a step or an anchor group out of range")
 
 
@@ -126,7 +136,11 @@ def _body(profile: Profile) -> bytes:
     arrays: dict[str, np.ndarray] = {"mean_k": profile.mean_k, "mean_v": profile.mean_v}
     levels = []
     for level in profile.levels:
-        entry: dict[str, Any] = {"name": level.name, "kind": int(level.kind), "step_factor": level.step_factor}
+        entry: dict[str, Any] = {
+            "name": level.name,
+            "kind": int(level.kind),
+            "step_factor": level.step_factor,
+        }
         entry["bits_per_value"] = profile.bits_per_value.get(level.name)
         promise = profile.promise.get(level.name, Promise())
         entry["promise"] = [promise.kl, promise.delta_nll, promise.greedy_agreement, promise.recall_drop]
@@ -147,7 +161,11 @@ def _body(profile: Profile) -> bytes:
         "curve": [dict(row) for row in profile.curve],
     }
     packed = {
-        name: [a.dtype.str[1:], list(a.shape), zlib.compress(np.ascontiguousarray(a).astype(a.dtype.newbyteorder("<")).tobytes(), 9)]
+        name: [
+            a.dtype.str[1:],
+            list(a.shape),
+            zlib.compress(np.ascontiguousarray(a).astype(a.dtype.newbyteorder("<")).tobytes(), 9),
+        ]
         for name, a in arrays.items()
     }
     return msgpack.packb({"meta": meta, "arrays": packed})
@@ -162,13 +180,17 @@ def load_profile(path: str | Path) -> Profile:
     if data[:4] != MAGIC:
         raise InvalidProfile(f"{path} is not a kvstream profile; make one with `kvstream calibrate`")
     if int.from_bytes(data[4:6], "little") != VERSION:
-        raise InvalidProfile(f"{path} has profile version {int.from_bytes(data[4:6], 'little')}, this build reads {VERSION}")
+        raise InvalidProfile(
+            f"{path} has profile version {int.from_bytes(data[4:6], 'little')}, this build reads {VERSION}"
+        )
     try:
         return _parse(msgpack.unpackb(data[6:]))
     except InvalidProfile:
         raise
     except Exception as error:  # any malformation of an untrusted file, whatever library notices it first
-        raise InvalidProfile(f"{path} is damaged ({type(error).__name__}); run `kvstream calibrate` again") from error
+        raise InvalidProfile(
+            f"{path} is damaged ({type(error).__name__}); run `kvstream calibrate` again"
+        ) from error
 
 
 def _unpack_array(entry: list[Any]) -> np.ndarray:
@@ -190,13 +212,21 @@ def _parse(body: dict[str, Any]) -> Profile:
     for entry in meta["levels"]:
         name = entry["name"]
         plans = {
-            which: TensorPlan(**{part: arrays[f"{name}.{which}.{part}"] for part in ("index", "step", "group")})
+            which: TensorPlan(
+                **{part: arrays[f"{name}.{which}.{part}"] for part in ("index", "step", "group")}
+            )
             for which in ("k", "v")
             if f"{name}.{which}.index" in arrays
         }
         book = CodeBook(freqs=arrays[f"{name}.freqs"]) if f"{name}.freqs" in arrays else None
         levels.append(
-            Level(name=name, kind=LevelKind(entry["kind"]), codebook=book, step_factor=entry["step_factor"], **plans)
+            Level(
+                name=name,
+                kind=LevelKind(entry["kind"]),
+                codebook=book,
+                step_factor=entry["step_factor"],
+                **plans,
+            )
         )
     num_layers, num_heads, dim_k, dim_v = meta["layout"]
     layout = CodecLayout(num_layers=num_layers, num_kv_heads=num_heads, head_dim_k=dim_k, head_dim_v=dim_v)
@@ -207,7 +237,9 @@ def _parse(body: dict[str, Any]) -> Profile:
         mean_k=arrays["mean_k"],
         mean_v=arrays["mean_v"],
         needs_rope=meta["needs_rope"],
-        bits_per_value={e["name"]: e["bits_per_value"] for e in meta["levels"] if e["bits_per_value"] is not None},
+        bits_per_value={
+            e["name"]: e["bits_per_value"] for e in meta["levels"] if e["bits_per_value"] is not None
+        },
         promise={
             e["name"]: Promise(kl=p[0], delta_nll=p[1], greedy_agreement=p[2], recall_drop=p[3])
             for e in meta["levels"]
@@ -245,7 +277,8 @@ def default_profile(layout: Layout, *, fingerprint: str = "") -> Profile:
         head_dim_v=layout.head_dim_v,
     )
     lossy = tuple(
-        Level(name=name, kind=LevelKind.QUANTIZED, codebook=book, step_factor=factor) for name, (factor, _) in _DEFAULT_STEPS.items()
+        Level(name=name, kind=LevelKind.QUANTIZED, codebook=book, step_factor=factor)
+        for name, (factor, _) in _DEFAULT_STEPS.items()
     )
     return Profile(
         fingerprint=fingerprint,
@@ -254,7 +287,8 @@ def default_profile(layout: Layout, *, fingerprint: str = "") -> Profile:
         mean_k=round_to_bf16(np.zeros((own.num_layers, own.num_kv_heads, own.head_dim_k))),
         mean_v=round_to_bf16(np.zeros((own.num_layers, own.num_kv_heads, own.head_dim_v))),
         needs_rope=False,
-        bits_per_value={"raw": 16.0, "lossless": 11.3} | {name: bits for name, (_, bits) in _DEFAULT_STEPS.items()},
+        bits_per_value={"raw": 16.0, "lossless": 11.3}
+        | {name: bits for name, (_, bits) in _DEFAULT_STEPS.items()},
         promise={"raw": EXACT, "lossless": EXACT} | {name: Promise() for name in _DEFAULT_STEPS},
         provenance={"kind": "default, uncalibrated"},
     )

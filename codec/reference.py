@@ -12,7 +12,15 @@ import numpy as np
 from codec.anchor_delta import add_anchors, take_deltas
 from codec.quantize import bf16_to_float, dequantize, float_to_bf16, quantize
 from codec.rope import rotate, unrotate
-from kernels.rans_reference import CENTRE, LANES, PROB_BITS, Segment, StreamError, decode_segment, encode_segment
+from kernels.rans_reference import (
+    CENTRE,
+    LANES,
+    PROB_BITS,
+    Segment,
+    StreamError,
+    decode_segment,
+    encode_segment,
+)
 
 OK, DAMAGED, VALUE_RANGE = 0, 2, 6
 Array = np.ndarray[Any, Any]
@@ -20,7 +28,9 @@ Array = np.ndarray[Any, Any]
 
 def _rows(flat: Array, at: int, stride_t: int, num_tokens: int, num_dims: int) -> Array:
     """[T, D] view of flat memory."""
-    return np.lib.stride_tricks.as_strided(flat[at:], (num_tokens, num_dims), (stride_t * flat.itemsize, flat.itemsize))
+    return np.lib.stride_tricks.as_strided(
+        flat[at:], (num_tokens, num_dims), (stride_t * flat.itemsize, flat.itemsize)
+    )
 
 
 def _tables(fs: Array) -> Array:
@@ -71,7 +81,9 @@ def decode_quantized(
             q = add_anchors(decode_segment(coded, tables, index[s], int(group[s]), shape), int(group[s]))
         except StreamError:
             return DAMAGED, s
-        _rows(out, out_pos[s], stride_t, *shape)[:] = float_to_bf16(rotate(dequantize(q, mean[s], step[s]), cos, sin))
+        _rows(out, out_pos[s], stride_t, *shape)[:] = float_to_bf16(
+            rotate(dequantize(q, mean[s], step[s]), cos, sin)
+        )
     return OK, -1
 
 
@@ -107,5 +119,7 @@ def decode_lossless(
         at = 2 * (seg_pos[s] + 2 * min(LANES, num_dims) + seg_words[s] + 2 * seg_escapes[s])
         rest = payload[at : at + q.size].reshape(q.shape).astype(np.uint32)
         exponent = ((q + CENTRE) & 0xFF).astype(np.uint32)
-        _rows(out, out_pos[s], stride_t, num_tokens, num_dims)[:] = ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
+        _rows(out, out_pos[s], stride_t, num_tokens, num_dims)[:] = (
+            ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
+        )
     return OK, -1

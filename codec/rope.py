@@ -28,10 +28,17 @@ class RopeTable:
         for name in ("cos", "sin"):
             object.__setattr__(self, name, np.ascontiguousarray(getattr(self, name), dtype=np.float32))
         if self.cos.ndim != 2 or self.cos.shape != self.sin.shape or self.cos.shape[1] % 2:
-            raise CodecError(f"RopeTable wants cos and sin of one shape [T, R] with R even, not {self.cos.shape}, {self.sin.shape}")
+            raise CodecError(
+                f"RopeTable wants cos and sin of one shape [T, R] with R even, not {self.cos.shape}, {self.sin.shape}"
+            )
         half = self.half_dim
-        if not (np.array_equal(self.cos[:, :half], self.cos[:, half:]) and np.array_equal(self.sin[:, :half], self.sin[:, half:])):
-            raise CodecError("this RoPE does not pair channel d with d + R/2 (interleaved variants are not supported); pass rope=None")
+        if not (
+            np.array_equal(self.cos[:, :half], self.cos[:, half:])
+            and np.array_equal(self.sin[:, :half], self.sin[:, half:])
+        ):
+            raise CodecError(
+                "this RoPE does not pair channel d with d + R/2 (interleaved variants are not supported); pass rope=None"
+            )
         if not np.isfinite(self.cos).all() or not np.isfinite(self.sin).all():
             raise CodecError("cos and sin must be finite")
         if (np.abs(self.cos).max(initial=0) > 64) or (np.abs(self.sin).max(initial=0) > 64):

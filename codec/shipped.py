@@ -53,7 +53,9 @@ def pack_index(index: np.ndarray) -> np.ndarray:
 
 def pack_side(mean: np.ndarray, step: np.ndarray, index: np.ndarray) -> np.ndarray:
     """[S, D], [S], [S, D] -> [S, 1 + D + ceil(D / 2)] uint16."""
-    return np.ascontiguousarray(np.concatenate([float_to_bf16(step)[:, None], float_to_bf16(mean), pack_index(index)], axis=1))
+    return np.ascontiguousarray(
+        np.concatenate([float_to_bf16(step)[:, None], float_to_bf16(mean), pack_index(index)], axis=1)
+    )
 
 
 def unpack_index(words: np.ndarray, num_dims: int, book: CodeBook) -> np.ndarray:
@@ -64,7 +66,9 @@ def unpack_index(words: np.ndarray, num_dims: int, book: CodeBook) -> np.ndarray
     return np.ascontiguousarray(index)
 
 
-def unpack_side(words: np.ndarray, num_dims: int, book: CodeBook) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def unpack_side(
+    words: np.ndarray, num_dims: int, book: CodeBook
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inverse of pack_side: means [S, D], steps [S], index [S, D]."""
     step = bf16_to_float(words[:, 0])
     mean = bf16_to_float(np.ascontiguousarray(words[:, 1 : 1 + num_dims]))
@@ -76,5 +80,3 @@ def unpack_side(words: np.ndarray, num_dims: int, book: CodeBook) -> tuple[np.nd
 def read_side(payload: np.ndarray, pos: np.ndarray, width: int) -> np.ndarray:
     """The side words [S, width] in front of each segment."""
     return payload[pos[:, None] + np.arange(width)]
-
-

@@ -66,7 +66,9 @@ def _decode_row(words, pos, end, x, table, lut, symbols):
     lanes = u64(x.size)
     p = u64(pos)
     b = u64(0)
-    if end - pos >= symbols.size and x.size == LANES:  # no symbol takes more than one word: no bounds to check in this row
+    if (
+        end - pos >= symbols.size and x.size == LANES
+    ):  # no symbol takes more than one word: no bounds to check in this row
         while b + FULL <= num_dims:
             for j in range(FULL):
                 entry = u64(lut[table[b + j] + (u64(x[j]) & SLOT_MASK)])
@@ -206,7 +208,9 @@ def decode_quantized(
             row = out[at : at + num_dims]
             for d in range(num_dims):  # float32 -> bf16, round to nearest even
                 u = turned_bits[d]
-                row[d] = np.uint16((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
+                row[d] = np.uint16(
+                    (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+                )
         code = _finish_segment(pos, end, x, esc_left)
         if code != OK:
             return code, s
@@ -214,7 +218,9 @@ def decode_quantized(
 
 
 @njit(**_OPTIONS)
-def decode_lossless(words, payload, seg_pos, seg_words, seg_escapes, lut, index, out, out_pos, stride_t, num_tokens):
+def decode_lossless(
+    words, payload, seg_pos, seg_words, seg_escapes, lut, index, out, out_pos, stride_t, num_tokens
+):
     """Payload -> bf16 rows, bit-exact. As decode_quantized; payload is the same memory as `words`, as bytes."""
     num_dims = index.shape[2]
     lanes = min(LANES, num_dims)
@@ -248,7 +254,11 @@ def decode_lossless(words, payload, seg_pos, seg_words, seg_escapes, lut, index,
             for d in range(num_dims):
                 low = np.uint32(rest[d])
                 exponent = np.uint32(q[d] + CENTRE) & np.uint32(0xFF)
-                row[d] = np.uint16(((low & np.uint32(0x80)) << np.uint32(8)) | (exponent << np.uint32(7)) | (low & np.uint32(0x7F)))
+                row[d] = np.uint16(
+                    ((low & np.uint32(0x80)) << np.uint32(8))
+                    | (exponent << np.uint32(7))
+                    | (low & np.uint32(0x7F))
+                )
             rest_pos += num_dims
         code = _finish_segment(pos, end, x, esc_left)
         if code != OK:
@@ -269,7 +279,9 @@ def _encode_row(q, fs, table, x, stack, num_words):
         run = min(lanes, num_dims - b)
         for i in range(run):
             j = run - u64(1) - i
-            symbol = min(np.uint32(q[b + j] + np.int32(CENTRE)), np.uint32(ESCAPE))  # below 0 wraps to far above
+            symbol = min(
+                np.uint32(q[b + j] + np.int32(CENTRE)), np.uint32(ESCAPE)
+            )  # below 0 wraps to far above
             entry = u64(fs[table[b + j] + u64(symbol)])
             if entry < u64(1 << 16):  # frequency 0: outside this table's support
                 symbol = np.uint32(ESCAPE)
@@ -278,7 +290,9 @@ def _encode_row(q, fs, table, x, stack, num_words):
             freq = entry >> u64(16)
             state = u64(x[j])
             full = u64(state >= (freq << (u64(32) - PROB_SHIFT)))
-            stack[n] = np.uint16(state & u64(0xFFFF))  # kept only if full; a branch here would be mispredicted
+            stack[n] = np.uint16(
+                state & u64(0xFFFF)
+            )  # kept only if full; a branch here would be mispredicted
             n += full
             state >>= full << u64(4)
             times = u64(np.uint32(state) // np.uint32(freq))
@@ -302,7 +316,9 @@ def _encode_segment(q, num_tokens, fs, index, size, out, at, stack):
     num_escapes = 0
     for t in range(num_tokens - 1, -1, -1):
         r = 0 if size == 0 or t % size == 0 else 1
-        num_words, escapes = _encode_row(q[t * num_dims : (t + 1) * num_dims], fs, table[r], x, stack, num_words)
+        num_words, escapes = _encode_row(
+            q[t * num_dims : (t + 1) * num_dims], fs, table[r], x, stack, num_words
+        )
         num_escapes += escapes
     for j in range(lanes):
         out[at + 2 * j] = x[j] & np.uint32(0xFFFF)
