@@ -121,7 +121,8 @@ class ChunkRequested:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BacklogLow:
-    """Less than a window of this transfer's supplied bytes is unsent: a good time to take and encode the next."""
+    """Little of what was supplied for this transfer is unsent (some 80 ms of link time, or nothing): a good time to
+    take and encode the next chunk. Until then its level can still be amended."""
 
     transfer_id: str
     at: float

@@ -23,15 +23,14 @@ from transport.curve import CurveKeys, secure_client
 from transport.errors import MalformedMessage, TooMuch, TransportClosed
 from transport.events import TransferEvent
 from transport.limits import Limits, Pacing, Timing
-from transport.messages import Buffer, Greeting, decode_packet, encode_packet, pack_body
+from transport.messages import Buffer, Greeting
 from transport.sink import Sink
-from transport.sink_state import (
+from transport.sink_io import (
     CloseTransfer,
     Command,
     Connect,
     Disconnect,
     LinkDown,
-    LinkStats,
     Notify,
     OpenTransfer,
     Received,
@@ -42,7 +41,9 @@ from transport.sink_state import (
     Tick,
     WithdrawChunk,
 )
+from transport.sink_link import LinkStats
 from transport.sockets import RECV_BATCH, Waker, configure, guarded, receive
+from transport.wire import decode_packet, encode_packet, pack_body
 
 log = logging.getLogger("kvstream.transport")
 

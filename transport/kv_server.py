@@ -20,10 +20,10 @@ from transport.curve import CurveKeys, ZapHandler, secure_server
 from transport.errors import MalformedMessage, TooMuch, TransportClosed
 from transport.events import SourceEvent
 from transport.limits import Limits, Timing
-from transport.messages import Buffer, Greeting, decode_packet, encode_packet, pack_body
+from transport.messages import Buffer, Greeting
 from transport.sockets import RECV_BATCH, Waker, bind, configure, guarded, receive
 from transport.source import Source
-from transport.source_state import (
+from transport.source_io import (
     AcceptTransfer,
     Command,
     EndTransfer,
@@ -37,6 +37,7 @@ from transport.source_state import (
     SupplyChunk,
     Tick,
 )
+from transport.wire import decode_packet, encode_packet, pack_body
 
 log = logging.getLogger("kvstream.transport")
 

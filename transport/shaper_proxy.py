@@ -1,4 +1,4 @@
-"""The proxy inside transport/shaper.py: token buckets, pumps, a delay line. asyncio and sockets; imports nothing of ours.
+"""The proxy inside transport/shaper.py: token buckets, pumps, a delay line. Imports nothing of ours.
 
 One bucket per direction is shared by all connections, as a link is. Little is hoarded: small kernel buffers and reads
 of a few milliseconds, so the sender feels the rate as back-pressure.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket as pysocket
 from collections.abc import Callable
 
@@ -61,17 +62,13 @@ class Waker:
         self.fd = self._reader.fileno()
 
     def wake(self) -> None:
-        try:
+        with contextlib.suppress(OSError):  # full: it will wake anyway; closed: nobody is left to wake
             self._writer.send(b"\0")
-        except (BlockingIOError, OSError):
-            pass  # full: it will wake anyway; closed: nobody is left to wake
 
     def clear(self) -> None:
-        try:
+        with contextlib.suppress(OSError):
             while self._reader.recv(4096):
                 pass
-        except (BlockingIOError, OSError):
-            pass
 
     def close(self) -> None:
         self._reader.close()

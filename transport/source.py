@@ -10,47 +10,27 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from transport.events import BacklogLow, ChunkRequested, SourceEvent, TransferClosed, TransferOpened
+from transport import events as ev
+from transport import messages as msg
 from transport.limits import Limits, Timing
-from transport.messages import (
-    Accept,
-    Close,
-    Credit,
-    Fail,
-    Goodbye,
-    Greeting,
-    Hello,
-    Message,
-    Open,
-    Packet,
-    Part,
-    Ping,
-    Pong,
-    Request,
-    Reset,
-    TurnedAway,
-    Welcome,
-    Withdraw,
-    find_mismatch,
-)
-from transport.source_state import (
+from transport.messages import Greeting, Message, Packet, find_mismatch, turned_away
+from transport.source_io import (
     AcceptTransfer,
     Command,
     EndTransfer,
     FailChunk,
     Notify,
-    Outgoing,
     PeerGone,
     Received,
     Send,
-    Session,
     Shutdown,
     SourceInput,
-    Standing,
     SupplyChunk,
     Tick,
-    Transfer,
 )
+from transport.source_session import Outgoing, Session, Standing, Transfer
+
+LOW_WATER_PARTS = 4  # a part takes some 20 ms, so this leaves 80 ms to encode the next chunk
 
 
 class Source:
@@ -76,7 +56,8 @@ class Source:
     def handle(self, event: SourceInput, now: float) -> list[Command]:
         self._now = now
         self._INPUTS[type(event)](self, event)
-        out, self._out = self._out, []
+        out = self._out[:]
+        self._out.clear()  # the sessions hold this list
         return out
 
     # -- what the owner does; a transfer that has ended meanwhile is no error --
@@ -86,7 +67,7 @@ class Source:
         if transfer is None or transfer.accepted:
             return
         transfer.accepted = True
-        self._send(transfer.session, Accept(transfer=transfer.id, body=event.body))
+        self._send(transfer.session, msg.Accept(transfer=transfer.id, body=event.body))
         for chunk, standing in transfer.standing.items():
             self._announce(transfer, chunk, standing)
 
@@ -129,47 +110,45 @@ class Source:
         reason = event.reason[: self._limits.reason_chars]
         self._send(
             transfer.session,
-            Fail(transfer=transfer.id, chunk=event.chunk, ask=standing.ask, reason=reason),
+            msg.Fail(transfer=transfer.id, chunk=event.chunk, ask=standing.ask, reason=reason),
         )
 
     def _end_by_owner(self, event: EndTransfer) -> None:
         transfer = self._transfers.get(event.transfer_id)
         if transfer is not None:
             reason = event.reason[: self._limits.reason_chars]
-            self._send(transfer.session, Close(transfer=transfer.id, reason=reason))
+            self._send(transfer.session, msg.Close(transfer=transfer.id, reason=reason))
             self._end(transfer)
 
     def _shutdown(self, event: Shutdown) -> None:
         for session in list(self._sessions.values()):
-            self._send(session, Goodbye(reason=event.reason))
+            self._send(session, msg.Goodbye(reason=event.reason))
             self._drop(session, event.reason)
 
     # -- what comes from the network --
 
     def _received(self, event: Received) -> None:
         packet, message = event.packet, event.packet.message
-        if type(message) is Hello:
+        if type(message) is msg.Hello:
             return self._on_hello(event.peer, packet, message)
         session = self._sessions.get(event.peer)
         if session is None:
             self.num_dropped += 1
-            if type(message) not in (Reset, TurnedAway, Goodbye, Close):
-                self._send_outside(event.peer, packet.epoch, Reset(reason="no such session here; greet again"))
+            if type(message) not in (msg.Reset, msg.TurnedAway, msg.Goodbye, msg.Close):
+                self._send_outside(event.peer, packet.epoch, msg.Reset(reason="no such session here; greet again"))
             return
-        stale = (packet.incarnation, packet.epoch) != (session.incarnation, session.epoch)
-        if stale or packet.seq <= session.in_seq:
+        admitted = session.admit(packet, self._now)
+        if admitted is False:
             self.num_dropped += 1
             return
-        if packet.seq != session.in_seq + 1:
-            return self._reset(session, f"messages {session.in_seq + 1} to {packet.seq - 1} were lost")
-        session.in_seq = packet.seq
-        session.last_heard, session.suspect = self._now, False
+        if isinstance(admitted, str):
+            return self._reset(session, admitted)
         handler = self._MESSAGES.get(type(message))
         if handler is None:
             return self._reset(session, f"a receiver does not send {type(message).__name__}")
         handler(self, session, message)
 
-    def _on_hello(self, peer: str, packet: Packet, hello: Hello) -> None:
+    def _on_hello(self, peer: str, packet: Packet, hello: msg.Hello) -> None:
         if peer in self._sessions or packet.seq != 1:
             self.num_dropped += 1  # a duplicate
             return
@@ -181,38 +160,34 @@ class Source:
                 self._drop(other, "the receiver greeted again")
         differs = find_mismatch(source=self._greeting.fields(), sink=hello.fields)
         if differs is not None:
-            answer = TurnedAway(
-                reason=str(differs),
-                field=differs.field,
-                source_value=differs.source_value,
-                sink_value=differs.sink_value,
-            )
-            return self._send_outside(peer, packet.epoch, answer)
+            return self._send_outside(peer, packet.epoch, turned_away(differs))
         if len(self._sessions) >= self._limits.peers:
             reason = f"{self._limits.peers} receivers are connected already, the limit of this source"
-            return self._send_outside(peer, packet.epoch, Reset(reason=reason))
+            return self._send_outside(peer, packet.epoch, msg.Reset(reason=reason))
         session = Session(
             peer=peer,
-            incarnation=packet.incarnation,
-            epoch=packet.epoch,
+            own_incarnation=self._incarnation,
+            hello=packet,
             via=hello.via,
-            in_seq=1,
-            last_heard=self._now,
+            now=self._now,
+            out=self._out,
         )
         self._sessions[peer] = session
-        self._send(session, Welcome(sent_us=int(self._now * 1e6), fields=self._greeting.fields()))
+        self._send(session, msg.Welcome(sent_us=int(self._now * 1e6), fields=self._greeting.fields()))
 
-    def _on_open(self, session: Session, message: Open) -> None:
+    def _on_open(self, session: Session, message: msg.Open) -> None:
         if message.transfer in self._transfers:
-            return self._send(session, Close(transfer=message.transfer, reason="this transfer id is in use"))
+            return self._send(session, msg.Close(transfer=message.transfer, reason="this transfer id is in use"))
         if len(session.transfers) >= self._limits.transfers_per_peer:
             reason = f"{self._limits.transfers_per_peer} transfers are open, the limit per receiver"
-            return self._send(session, Close(transfer=message.transfer, reason=reason))
+            return self._send(session, msg.Close(transfer=message.transfer, reason=reason))
         transfer = Transfer(id=message.transfer, session=session)
         self._transfers[transfer.id] = session.transfers[transfer.id] = transfer
-        self._notify(TransferOpened(transfer_id=transfer.id, at=self._now, peer=session.incarnation, body=message.body))
+        self._notify(
+            ev.TransferOpened(transfer_id=transfer.id, at=self._now, peer=session.incarnation, body=message.body)
+        )
 
-    def _on_request(self, session: Session, message: Request) -> None:
+    def _on_request(self, session: Session, message: msg.Request) -> None:
         transfer = session.transfers.get(message.transfer)
         if transfer is None or message.ask <= transfer.finished.get(message.chunk, 0):
             self.num_dropped += 1  # it has ended, or it comes too late to amend what is sent already
@@ -231,7 +206,7 @@ class Source:
         if transfer.accepted:
             self._announce(transfer, message.chunk, standing)
 
-    def _on_withdraw(self, session: Session, message: Withdraw) -> None:
+    def _on_withdraw(self, session: Session, message: msg.Withdraw) -> None:
         transfer = session.transfers.get(message.transfer)
         if transfer is None:
             return
@@ -242,24 +217,24 @@ class Source:
         self._queued_bytes -= transfer.discard(message.chunk, message.ask)
         self._pump(session)
 
-    def _on_credit(self, session: Session, message: Credit) -> None:
+    def _on_credit(self, session: Session, message: msg.Credit) -> None:
         session.limit_bytes = max(session.limit_bytes, message.limit_bytes)
         session.part_bytes = max(1024, min(message.part_bytes, self._limits.part_bytes))
         self._pump(session)
 
-    def _on_close(self, session: Session, message: Close) -> None:
+    def _on_close(self, session: Session, message: msg.Close) -> None:
         transfer = session.transfers.get(message.transfer)
         if transfer is not None:
             self._end(transfer)
-            self._notify(TransferClosed(transfer_id=transfer.id, at=self._now, reason=message.reason))
+            self._notify(ev.TransferClosed(transfer_id=transfer.id, at=self._now, reason=message.reason))
 
-    def _on_ping(self, session: Session, message: Ping) -> None:
-        self._send(session, Pong(token=message.token, sent_us=int(self._now * 1e6)))
+    def _on_ping(self, session: Session, message: msg.Ping) -> None:
+        self._send(session, msg.Pong(token=message.token, sent_us=int(self._now * 1e6)))
 
-    def _on_pong(self, session: Session, message: Pong) -> None:
+    def _on_pong(self, session: Session, message: msg.Pong) -> None:
         pass  # hearing it was the point
 
-    def _on_goodbye(self, session: Session, message: Goodbye) -> None:
+    def _on_goodbye(self, session: Session, message: msg.Goodbye) -> None:
         self._drop(session, message.reason)
 
     def _peer_gone(self, event: PeerGone) -> None:
@@ -277,7 +252,7 @@ class Source:
                 continue
             session.suspect = silent_s >= self._timing.suspect_s
             if self._now - session.last_sent >= self._timing.heartbeat_s:
-                self._send(session, Ping(token=session.out_seq))
+                self._send(session, msg.Ping(token=0))
 
     # -- sending --
 
@@ -288,7 +263,7 @@ class Source:
             size = min(session.part_bytes, len(outgoing.blob) - outgoing.sent)
             if session.sent_bytes + size > session.limit_bytes:
                 return
-            part = Part(
+            part = msg.Part(
                 transfer=transfer.id,
                 chunk=outgoing.chunk,
                 ask=outgoing.ask,
@@ -307,15 +282,11 @@ class Source:
             if outgoing.sent == len(outgoing.blob):
                 transfer.queue.popleft()
             session.rotate(transfer)
-            low_water = session.limit_bytes - session.sent_bytes + 4 * session.part_bytes
-            if transfer.unsent_bytes == 0 or before > low_water >= transfer.unsent_bytes:
-                self._notify(BacklogLow(transfer_id=transfer.id, at=self._now))
+            if transfer.unsent_bytes == 0 or before > LOW_WATER_PARTS * session.part_bytes >= transfer.unsent_bytes:
+                self._notify(ev.BacklogLow(transfer_id=transfer.id, at=self._now))
 
     def _send(self, session: Session, message: Message) -> None:
-        session.out_seq += 1
-        session.last_sent = self._now
-        packet = Packet(incarnation=self._incarnation, epoch=session.epoch, seq=session.out_seq, message=message)
-        self._out.append(Send(peer=session.peer, packet=packet))
+        session.send(message, self._now)
 
     def _send_outside(self, peer: str, epoch: int, message: Message) -> None:
         packet = Packet(incarnation=self._incarnation, epoch=epoch, seq=0, message=message)
@@ -323,7 +294,7 @@ class Source:
 
     def _announce(self, transfer: Transfer, chunk: int, standing: Standing) -> None:
         self._notify(
-            ChunkRequested(
+            ev.ChunkRequested(
                 transfer_id=transfer.id,
                 at=self._now,
                 chunk=chunk,
@@ -332,20 +303,20 @@ class Source:
             )
         )
 
-    def _notify(self, event: SourceEvent) -> None:
+    def _notify(self, event: ev.SourceEvent) -> None:
         self._out.append(Notify(event=event))
 
     # -- endings --
 
     def _reset(self, session: Session, reason: str) -> None:
-        self._send_outside(session.peer, session.epoch, Reset(reason=reason))
+        self._send_outside(session.peer, session.epoch, msg.Reset(reason=reason))
         self._drop(session, reason)
 
     def _drop(self, session: Session, reason: str) -> None:
         del self._sessions[session.peer]
         for transfer in list(session.transfers.values()):
             self._end(transfer)
-            self._notify(TransferClosed(transfer_id=transfer.id, at=self._now, reason=reason))
+            self._notify(ev.TransferClosed(transfer_id=transfer.id, at=self._now, reason=reason))
 
     def _end(self, transfer: Transfer) -> None:
         self._queued_bytes -= transfer.unsent_bytes
@@ -388,12 +359,12 @@ class Source:
         Shutdown: _shutdown,
     }
     _MESSAGES: dict[type, Callable[[Source, Session, Any], None]] = {
-        Open: _on_open,
-        Request: _on_request,
-        Withdraw: _on_withdraw,
-        Credit: _on_credit,
-        Close: _on_close,
-        Ping: _on_ping,
-        Pong: _on_pong,
-        Goodbye: _on_goodbye,
+        msg.Open: _on_open,
+        msg.Request: _on_request,
+        msg.Withdraw: _on_withdraw,
+        msg.Credit: _on_credit,
+        msg.Close: _on_close,
+        msg.Ping: _on_ping,
+        msg.Pong: _on_pong,
+        msg.Goodbye: _on_goodbye,
     }

@@ -1,90 +1,13 @@
-"""What a Source takes in, gives out and remembers. Plain data with the little arithmetic that keeps it consistent."""
+"""What a Source remembers: a Session with one sink, its Transfers, what stands and what goes out. Pure."""
 
 from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Any
 
-from transport.events import SourceEvent
 from transport.limits import KB
-from transport.messages import Buffer, Packet
-
-# -- events in --
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class AcceptTransfer:
-    transfer_id: str
-    body: dict[str, Any]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SupplyChunk:
-    transfer_id: str
-    chunk: int
-    level: str
-    blob: Buffer  # not to be changed afterwards: it is sent from where it lies
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FailChunk:
-    transfer_id: str
-    chunk: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EndTransfer:
-    """Before an accept: a refusal."""
-
-    transfer_id: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Received:
-    """A decoded packet. `now` of this handle call is the time of the socket read."""
-
-    peer: str
-    packet: Packet
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class PeerGone:
-    peer: str
-    reason: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Tick:
-    """At least once a heartbeat."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Shutdown:
-    reason: str
-
-
-SourceInput = AcceptTransfer | SupplyChunk | FailChunk | EndTransfer | Received | PeerGone | Tick | Shutdown
-
-# -- commands out, to be carried out in order --
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Send:
-    peer: str
-    packet: Packet
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Notify:
-    event: SourceEvent
-
-
-Command = Send | Notify
-
-# -- state --
+from transport.messages import Message, Packet
+from transport.source_io import Command, Send
 
 
 @dataclass(slots=True, kw_only=True)
@@ -141,21 +64,41 @@ class Transfer:
             assert standing.ask > self.finished.get(chunk, 0), chunk
 
 
-@dataclass(slots=True, kw_only=True, eq=False)
 class Session:
-    peer: str
-    incarnation: str
-    epoch: int
-    via: str
-    last_heard: float
-    in_seq: int = 0
-    out_seq: int = 0
-    last_sent: float = 0.0
-    sent_bytes: int = 0
-    limit_bytes: int = 0
-    part_bytes: int = 64 * KB
-    suspect: bool = False
-    transfers: dict[str, Transfer] = field(default_factory=dict)  # in the order of their next turn
+    def __init__(
+        self, *, peer: str, own_incarnation: str, hello: Packet, via: str, now: float, out: list[Command]
+    ) -> None:
+        self.peer = peer
+        self.incarnation = hello.incarnation  # the sink's
+        self.epoch = hello.epoch
+        self.via = via
+        self.last_heard = now
+        self.last_sent = now
+        self.suspect = False
+        self.sent_bytes = 0
+        self.limit_bytes = 0
+        self.part_bytes = 16 * KB  # until the first credit says
+        self.transfers: dict[str, Transfer] = {}  # in the order of their next turn
+        self._own_incarnation = own_incarnation
+        self._in_seq = hello.seq
+        self._out_seq = 0
+        self._out = out
+
+    def send(self, message: Message, now: float) -> None:
+        self._out_seq += 1
+        self.last_sent = now
+        packet = Packet(incarnation=self._own_incarnation, epoch=self.epoch, seq=self._out_seq, message=message)
+        self._out.append(Send(peer=self.peer, packet=packet))
+
+    def admit(self, packet: Packet, now: float) -> bool | str:
+        """False: drop it, it is of another life or a duplicate. Text: why the session cannot go on."""
+        if (packet.incarnation, packet.epoch) != (self.incarnation, self.epoch) or packet.seq <= self._in_seq:
+            return False
+        if packet.seq != self._in_seq + 1:
+            return f"messages {self._in_seq + 1} to {packet.seq - 1} of the receiver were lost"
+        self._in_seq = packet.seq
+        self.last_heard, self.suspect = now, False
+        return True
 
     def next_ready(self) -> Transfer | None:
         best: Transfer | None = None

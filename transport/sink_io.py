@@ -1,13 +1,12 @@
-"""What a Sink takes in, gives out and remembers. Plain data."""
+"""What a Sink takes in (events) and gives out (commands). Plain data."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from transport.events import TransferEvent
 from transport.messages import Packet
-from transport.pacing import LinkPacer
 
 # -- events in --
 
@@ -93,57 +92,3 @@ class Notify:
 
 
 Command = Connect | Send | Disconnect | Notify
-
-# -- state --
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Ask:
-    number: int
-    level: str
-    priority: int
-    buffer: bytearray | None = None  # from the first part on
-    filled: int = 0
-    started_at: float = 0.0
-    wire_s: float = 0.0
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Transfer:
-    link: Link = field(repr=False)
-    opened: bool = False
-    next_ask: int = 1
-    asks: dict[int, Ask] = field(default_factory=dict)  # chunk -> what is outstanding
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class Link:
-    name: str
-    endpoint: str
-    epoch: int
-    pacer: LinkPacer
-    last_heard: float
-    hello_at: float
-    peer_incarnation: str | None = None  # None until welcomed
-    in_seq: int = 0
-    out_seq: int = 0
-    ping_token: int = 0
-    ping_at: float = 0.0
-    received_bytes: int = 0
-    granted_bytes: int = 0
-    granted_part_bytes: int = 0
-    idle_since: float | None = None
-    suspect: bool = False
-    transfers: set[str] = field(default_factory=set)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LinkStats:
-    endpoint: str
-    rate_bps: float | None  # bits per second; None before it was measured
-    rtt_s: float | None
-    window_bytes: int
-    part_bytes: int
-    received_bytes: int
-    num_transfers: int
-    suspect: bool
