@@ -48,7 +48,7 @@ async def run_request(
     backend: Backend, request: GenerationRequest, output: OutputText, metrics: GatewayMetrics
 ) -> AsyncGenerator[Piece | Done, None]:
     """Pieces of text and, last, Done. Raises APIError. Closing the generator cancels the request."""
-    arrived = last = time.monotonic()
+    arrived = first = last = time.monotonic()
     completion_tokens = 0
     metrics.running.inc()
     events = backend.generate(request)
@@ -58,7 +58,7 @@ async def run_request(
                 raise APIError(event.status, event.message, code=event.code)
             if isinstance(event, FinishedEvent):
                 rest = output.flush()
-                yield _done(metrics, arrived, Done(
+                yield _done(metrics, (arrived, first), Done(
                     text=rest.text,
                     finish_reason="stop" if rest.stopped else event.finish_reason,
                     prompt_tokens=event.prompt_tokens,
@@ -71,6 +71,7 @@ async def run_request(
                 continue
             now = time.monotonic()
             if completion_tokens == 0:
+                first = now
                 metrics.ttft.observe(now - arrived)
                 metrics.prompt_tokens.inc(len(request.token_ids))
             else:
@@ -81,7 +82,7 @@ async def run_request(
             yield piece
             if piece.stopped:
                 await _close(events)  # cancels; the tokens after the stop string are nobody's
-                yield _done(metrics, arrived, Done(
+                yield _done(metrics, (arrived, first), Done(
                     text="",
                     finish_reason="stop",
                     prompt_tokens=len(request.token_ids),
@@ -96,18 +97,19 @@ async def run_request(
         raise
     except Exception:
         log.exception("request %s failed", request.request_id)
-        raise APIError(
-            500, "internal error; the server's log has the details", code="internal_error"
-        ) from None
+        raise APIError(500, "internal error; the server's log has the details", code="internal_error") from None
     finally:
         metrics.running.dec()
         await _close(events)
 
 
-def _done(metrics: GatewayMetrics, arrived: float, done: Done) -> Done:
+def _done(metrics: GatewayMetrics, times: tuple[float, float], done: Done) -> Done:
+    arrived, first = times
+    now = time.monotonic()
     metrics.finished(
         reason=done.finish_reason,
-        e2e_s=time.monotonic() - arrived,
+        e2e_s=now - arrived,
+        decode_s=now - first,
         completion_tokens=done.completion_tokens,
         receipt=done.receipt,
     )

@@ -78,6 +78,14 @@ class GatewayMetrics:
         self.e2e = Histogram(
             "kvstream_e2e_request_latency_seconds", "Arrival to last token.", registry=r, buckets=_SECONDS
         )
+        self.queue_time, self.prefill_time, self.decode_time = (
+            Histogram(f"kvstream_request_{name}_time_seconds", text, registry=r, buckets=_SECONDS)
+            for name, text in (
+                ("queue", "Arrival at the decode worker to admission."),
+                ("prefill", "Admission to first token: KV loaded or computed, and the end of the prompt."),
+                ("decode", "First token to last."),
+            )
+        )
         self.running = Gauge("kvstream_num_requests_running", "Requests being served.", registry=r)
         self.prompt_tokens = Counter("kvstream_prompt_tokens_total", "Prompt tokens.", registry=r)
         self.generation_tokens = Counter("kvstream_generation_tokens_total", "Generated tokens.", registry=r)
@@ -106,12 +114,24 @@ class GatewayMetrics:
             self.itl.observe(gap_s / tokens)
 
     def finished(
-        self, *, reason: str, e2e_s: float, completion_tokens: int, receipt: dict[str, Any] | None
+        self,
+        *,
+        reason: str,
+        e2e_s: float,
+        decode_s: float,
+        completion_tokens: int,
+        receipt: dict[str, Any] | None,
     ) -> None:
         """A request ended well."""
         self.success.labels(finished_reason=reason).inc()
         self.e2e.observe(e2e_s)
+        self.decode_time.observe(decode_s)
         self.generation_tokens.inc(completion_tokens)
+        parts_ms = (receipt or {}).get("ttft_parts_ms") or {}
+        if parts_ms.get("queue") is not None:
+            self.queue_time.observe(parts_ms["queue"] / 1000)
+        if parts_ms.get("fill") is not None and parts_ms.get("tail") is not None:
+            self.prefill_time.observe((parts_ms["fill"] + parts_ms["tail"]) / 1000)
         for level, chunks, size_bytes in receipt_levels(receipt or {}):
             self.kv_chunks.labels(level=level).inc(chunks)
             self.kv_bytes.labels(level=level).inc(size_bytes)
@@ -125,7 +145,9 @@ def receipt_levels(receipt: dict[str, Any]) -> list[tuple[str, int, int]]:
     """(level, chunks, bytes) for every level in a receipt's `chunks`: [{"level": ..., "bytes": ...}, ...]."""
     totals: dict[str, tuple[int, int]] = {}
     for chunk in receipt.get("chunks") or ():
-        level = str(chunk.get("level", "unknown"))
+        level = chunk.get("level")
+        if level is None:  # the request ended before this chunk was there
+            continue
         count, size_bytes = totals.get(level, (0, 0))
         totals[level] = (count + 1, size_bytes + int(chunk.get("bytes") or 0))
     return [(level, *total) for level, total in totals.items()]

@@ -106,7 +106,9 @@ def kv_levels(results: Sequence[RequestResult]) -> dict[str, dict[str, int]]:
     levels: dict[str, dict[str, int]] = {}
     for result in results:
         for chunk in (result.receipt or {}).get("chunks") or ():
-            entry = levels.setdefault(str(chunk.get("level")), {"chunks": 0, "bytes": 0})
+            if chunk.get("level") is None:  # the request ended before this chunk was there
+                continue
+            entry = levels.setdefault(chunk["level"], {"chunks": 0, "bytes": 0})
             entry["chunks"] += 1
             entry["bytes"] += int(chunk.get("bytes") or 0)
     return levels

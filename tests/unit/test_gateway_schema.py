@@ -170,12 +170,17 @@ def test_no_body_is_answered_with_anything_but_an_api_error(fields: dict[str, An
 
 def test_receipts_are_counted_by_level() -> None:
     receipt = {"chunks": [{"level": "q1", "bytes": 5}, {"level": "text", "bytes": None}, {"level": "q1", "bytes": 7}]}
+    receipt["chunks"].append({"level": None, "bytes": 0})
+    receipt["ttft_parts_ms"] = {"queue": 100.0, "fill": 20.0, "tail": 5.0}
     assert receipt_levels(receipt) == [("q1", 2, 12), ("text", 1, 0)]
     assert receipt_levels({}) == []
     metrics = GatewayMetrics()
-    metrics.finished(reason="stop", e2e_s=1.0, completion_tokens=3, receipt=receipt)
+    metrics.finished(reason="stop", e2e_s=1.0, decode_s=0.5, completion_tokens=3, receipt=receipt)
     metrics.token_gap(0.5, 2)
     text = metrics.text()
     assert 'kvstream_kv_received_bytes_total{level="q1"} 12.0' in text
     assert 'kvstream_request_success_total{finished_reason="stop"} 1.0' in text
     assert "kvstream_inter_token_latency_seconds_count 2.0" in text
+    assert "kvstream_request_queue_time_seconds_sum 0.1" in text
+    assert "kvstream_request_prefill_time_seconds_sum 0.025" in text
+    assert "kvstream_request_decode_time_seconds_sum 0.5" in text
