@@ -83,6 +83,17 @@ def check_model(path: str) -> None:
         fail(f"{path} holds no model: config.json is missing; --model takes a folder that transformers can load")
 
 
+def check_writable(path: Path | None) -> None:
+    """Refuses a place that cannot be written, before minutes are spent on what should stand there."""
+    if path is None:
+        return
+    nearest = path.absolute()
+    while not nearest.exists():
+        nearest = nearest.parent
+    if not os.access(nearest, os.W_OK) or (nearest.is_file() and nearest != path.absolute()):
+        fail(f"{path} cannot be written")
+
+
 @app.command()
 def serve(
     config: Annotated[Path | None, typer.Option(help="YAML file; see examples/serve.yaml.")] = None,
@@ -141,8 +152,7 @@ def demo(
     from scripts.demo_run import run_demo
 
     for target in (json_file, report):
-        if target is not None and not os.access(_existing_parent(target), os.W_OK):
-            fail(f"{target} cannot be written")
+        check_writable(target)
     with clean_errors(ConfigError, StartRefused, ModelRefused):
         raise typer.Exit(run_demo(json_file, report) or 0)
 
@@ -244,19 +254,35 @@ def bench(
 @app.command()
 def calibrate(
     model: Annotated[Path, typer.Option(help="Model folder.")],
-    text: Annotated[Path, typer.Option(help="Text file, or a folder of them, to calibrate on.")],
-    out: Annotated[Path, typer.Option(help="Folder (or file) for the profile.")],
+    out: Annotated[Path, typer.Option(help="File for the profile.")],
+    text: Annotated[
+        Path | None, typer.Option(help="Text that the model was not trained on. Default: heldout.txt beside the model.")
+    ] = None,
+    report: Annotated[Path | None, typer.Option(help="Also write what was measured, as Markdown.")] = None,
 ) -> None:
-    """Measure what each level of the codec costs a model, and write its profile."""
+    """Measure what each level of the codec costs a model, and write its profile. Takes minutes."""
     check_environment()
     check_model(str(model))
-    if not text.exists():
-        fail(f"--text {text} does not exist; give a text file or a folder of them")
+    text = text if text is not None else model / "heldout.txt"
+    if not text.is_file():
+        fail(f"calibration text {text} does not exist; give a text file with --text")
+    for target in (out, report):
+        check_writable(target)
+    from rich.progress import Progress
+
     from prefill.model import ModelRefused
     from scripts.calibrate_model import calibrate_model
 
-    with clean_errors(ModelRefused):
-        calibrate_model(model=model, text=text, out=out)
+    with Progress(console=err, transient=True) as bars, clean_errors(ModelRefused):
+        bar = bars.add_task("calibrating", total=1.0)
+        calibrate_model(
+            model,
+            out,
+            text,
+            report_path=report,
+            progress=lambda what, share: bars.update(bar, description=what, completed=share),
+        )
+    err.print(f"written to {out}", markup=False)
 
 
 @app.command("version")
@@ -266,13 +292,6 @@ def show_version() -> None:
         typer.echo(version("kvstream"))
     except PackageNotFoundError:
         typer.echo("unknown (not installed; run scripts/setup.sh)")
-
-
-def _existing_parent(path: Path) -> Path:
-    path = path.absolute()
-    while not path.exists():
-        path = path.parent
-    return path
 
 
 def _json_object(option: str, text: str) -> dict[str, Any]:

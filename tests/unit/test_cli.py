@@ -72,6 +72,10 @@ def test_calibrate_refuses_what_is_not_there(model: Path, tmp_path: Path) -> Non
     none = tmp_path / "none"
     assert "does not exist" in refused("calibrate", "--model", none, "--text", none, "--out", tmp_path)
     assert "--text" in refused("calibrate", "--model", model, "--text", none, "--out", tmp_path)
+    assert "heldout.txt" in refused("calibrate", "--model", model, "--out", tmp_path / "profile")
+    (model / "heldout.txt").write_text("x")
+    nowhere = model / "heldout.txt" / "profile"
+    assert "cannot be written" in refused("calibrate", "--model", model, "--out", nowhere)
 
 
 def test_bench_says_what_is_wrong() -> None:
