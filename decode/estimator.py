@@ -6,8 +6,6 @@ all requests of a worker, so that a new request starts from what the last one sa
 
 from __future__ import annotations
 
-import math
-
 # Older observations lose half their weight after this much time *spent receiving*. Short, because a link that drops
 # tenfold in mid-transfer has to be noticed within a few parts; long enough to average over the bursts of a shaper.
 LINK_HALF_LIFE_S = 0.15
@@ -16,10 +14,11 @@ LINK_MARGIN = 0.92
 
 
 class LinkEstimator:
-    """Bytes a second that one source delivers while it has something to deliver.
+    """Bytes a second that one source's link delivers while it has something to deliver.
 
-    The decayed ratio  sum(w * bytes) / sum(w * seconds)  over the gaps between arrivals of a busy period. The first
-    arrival of a busy period only starts the clock: the gap before it is latency, which is kept apart.
+    The decayed ratio  sum(w * bytes) / sum(w * seconds)  over the parts that arrived, where a part's seconds are those
+    it spent on the wire, without any idleness of the source. Shared by all transfers over the link: `sharing` counts
+    them, and a plan for one of them may hope for its share.
     """
 
     def __init__(self, prior_bytes_per_s: float = 50e6, prior_latency_s: float = 0.005) -> None:
@@ -27,27 +26,19 @@ class LinkEstimator:
         self._seconds = 0.01
         self._bytes = prior_bytes_per_s * self._seconds
         self._latency_s = prior_latency_s
-        self._last_arrival: float | None = None
         self._last_part_bytes = 64 * 1024
-
-    def on_request(self, now: float, *, was_idle: bool) -> None:
-        """A chunk was asked for. After an idle time the next arrival opens a new busy period."""
-        if was_idle:
-            self._last_arrival = None
-            self._idle_since = now
+        self.sharing = 0
 
     def on_first_part(self, latency_s: float) -> None:
         """Time from asking an idle source to its first part."""
         self._latency_s += 0.3 * (latency_s - self._latency_s)
 
-    def on_part(self, part_bytes: int, at: float) -> None:
-        """A part arrived at time `at`."""
-        if self._last_arrival is not None:
-            gap_s = max(at - self._last_arrival, 1e-6)
-            keep = 0.5 ** (gap_s / LINK_HALF_LIFE_S)
-            self._seconds = self._seconds * keep + gap_s
-            self._bytes = self._bytes * keep + part_bytes
-        self._last_arrival = at
+    def on_part(self, part_bytes: int, wire_s: float) -> None:
+        """A part arrived that took `wire_s` on the wire."""
+        wire_s = max(wire_s, 1e-7)
+        keep = 0.5 ** (wire_s / LINK_HALF_LIFE_S)
+        self._seconds = self._seconds * keep + wire_s
+        self._bytes = self._bytes * keep + part_bytes
         self._last_part_bytes = max(part_bytes, 1)
 
     @property
@@ -60,7 +51,7 @@ class LinkEstimator:
         Silence is evidence too: a link that owes a part and has been quiet for longer than a part takes is at most
         as fast as one part in that time.
         """
-        rate = LINK_MARGIN * self._bytes / self._seconds
+        rate = LINK_MARGIN * self._bytes / self._seconds / max(self.sharing, 1)
         if waiting_since is not None:
             quiet_s = now - waiting_since - self._latency_s
             if quiet_s > 3.0 * self._last_part_bytes / rate and quiet_s > 0.02:
@@ -119,8 +110,3 @@ class CodecEstimator:
         if seen is not None:
             return seen
         return max(self._seconds.values(), default=self._prior_s)
-
-
-def is_close(a: float, b: float, *, share: float) -> bool:
-    """Whether two durations differ by at most `share` of the smaller one."""
-    return math.isclose(a, b, rel_tol=share)

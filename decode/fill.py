@@ -54,6 +54,7 @@ class PartArrived:
     received_bytes: int
     total_bytes: int
     part_bytes: int
+    wire_s: float
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +185,7 @@ class FillMachine:
         self.plan: Plan | None = None
         self.live = False
         self.done = False
+        self.received_bytes = 0  # all that came over the link, also what was not used in the end
         self.link = link
         self._compute = compute
         self._codec = codec
@@ -244,7 +246,8 @@ class FillMachine:
             log.first_part_at = now
             if self._moved_at is not None and self._moved_at == log.asked_at:
                 self.link.on_first_part(now - log.asked_at)
-        self.link.on_part(event.part_bytes, now)
+        self.received_bytes += event.part_bytes
+        self.link.on_part(event.part_bytes, event.wire_s)
         self._moved_at = now
         if log.state is ChunkState.ASKED:
             log.left_bytes = event.total_bytes - event.received_bytes
@@ -348,13 +351,19 @@ class FillMachine:
             in_flight_bytes=sum(self.chunks[index].left_bytes for index in in_flight),
             chunk_bytes=self._chunk_bytes,
             bytes_per_s=self.link.bytes_per_s(now, waiting_since=self._moved_at) if self._may_load else 0.0,
-            latency_s=self.link.latency_s if not asked else 0.0,
+            latency_s=self._latency_s(asked, now),
             decode_s=self._codec.seconds,
             compute_s=(lambda count: self._chunk_compute_s(first, count)) if self.spec.may_compute else None,
             busy_s=busy_s,
             source_s=source_s,
             live=self.live,
         )
+
+    def _latency_s(self, asked: Sequence[int], now: float) -> float:
+        """Until the next byte can come. A source that has not answered yet is likely to take as long again."""
+        if not self._opened:
+            return max(self.link.latency_s, now - self._started_at)
+        return self.link.latency_s if not asked else 0.0
 
     def _chunk_compute_s(self, first: int, count: int) -> float:
         size = self.spec.chunk_tokens
@@ -392,7 +401,6 @@ class FillMachine:
             self.chunks[index].asked_at = now
             if was_idle:
                 self._moved_at = now
-                self.link.on_request(now, was_idle=True)
         return commands
 
     def _ask(self, index: int, level: str) -> Ask:

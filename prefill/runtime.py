@@ -1,0 +1,151 @@
+"""One worker's model, pages and codec, put together. What prefill and decode workers both start from."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from codec.chunk import decode_chunk, encode_chunk, warmup
+from codec.profile import Profile, default_profile, load_profile
+from codec.rope import RopeTable
+from prefill.block_allocator import BlockAllocator, blocks_for
+from prefill.engine import Engine, SequenceSlice
+from prefill.kv_pool import KVPool
+from prefill.model import LoadedModel, load_model
+from transport.messages import Greeting
+
+log = logging.getLogger("kvstream.runtime")
+
+BLOCK_TOKENS = 16
+PROFILE_FILE = "profile.kvp"
+MAX_ROPE_TABLES = 1024
+
+
+@dataclass(slots=True, kw_only=True)
+class ModelRuntime:
+    """A loaded model with its codec profile, its paged pool and the engine over both."""
+
+    model: LoadedModel
+    profile: Profile
+    pool: KVPool
+    allocator: BlockAllocator
+    engine: Engine
+    _rope_tables: dict[tuple[int, int], RopeTable] = field(default_factory=dict)
+
+    def greeting(self) -> Greeting:
+        """What a peer must agree with before KV moves."""
+        layout = self.model.layout
+        return Greeting(
+            model_fingerprint=self.model.fingerprint,
+            kv_layout=(
+                f"L{layout.num_layers}.H{layout.num_kv_heads}.K{layout.head_dim_k}.V{layout.head_dim_v}.{layout.dtype}"
+            ),
+            codec_profile=self.profile.id,
+        )
+
+    def encode(self, k: Tensor, v: Tensor, *, start: int, level: str) -> bytes:
+        """Encode k, v [L, T, H, D] of the tokens from position `start` on. Raises codec.errors.CodecError."""
+        return encode_chunk(k, v, level=level, profile=self.profile, rope=self.rope(start, start + k.shape[1]))
+
+    def decode(self, blob: bytes | memoryview, *, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Decode the chunk at positions [start, stop). Raises codec.errors.BlobError."""
+        return decode_chunk(blob, profile=self.profile, rope=self.rope(start, stop))
+
+    def decode_into_pages(self, blob: bytes | memoryview, block_table: Sequence[int], *, start: int, stop: int) -> None:
+        """Decode straight into the pages where these are neighbours in memory, else through a copy.
+
+        Raises codec.errors.BlobError; the pages then hold garbage, which whoever fills the chunk next overwrites.
+        """
+        pages = self.pool.view(block_table, start, stop)
+        if pages is not None:
+            decode_chunk(blob, profile=self.profile, rope=self.rope(start, stop), out=pages)
+        else:
+            self.pool.write(block_table, start, *self.decode(blob, start=start, stop=stop))
+
+    def rope(self, start: int, stop: int) -> RopeTable:
+        """The rotation of positions [start, stop), kept once made: chunks start at few positions."""
+        table = self._rope_tables.get((start, stop))
+        if table is None:
+            if len(self._rope_tables) >= MAX_ROPE_TABLES:
+                self._rope_tables.clear()
+            table = self._rope_tables[start, stop] = RopeTable(*self.model.rope_tables(start, stop))
+        return table
+
+    def time_slice(self, tokens: int, start: int, *, repeats: int = 2) -> float:
+        """Seconds that the engine takes for `tokens` prompt tokens at `start` (best of `repeats`)."""
+        table = self.allocator.allocate(blocks_for(start + tokens, BLOCK_TOKENS))
+        try:
+            times = []
+            for _ in range(repeats):
+                begin = time.perf_counter()
+                self.engine.forward([SequenceSlice(token_ids=[0] * tokens, start=start, block_table=table)])
+                times.append(time.perf_counter() - begin)
+            return min(times)
+        finally:
+            self.allocator.free(table)
+
+
+def load_runtime(
+    path: str | Path,
+    *,
+    dtype: str = "bfloat16",
+    num_blocks: int | None = None,
+    kv_memory_bytes: int | None = None,
+    threads: int = 1,
+) -> ModelRuntime:
+    """Load the model folder and everything around it. Raises prefill.model.ModelRefused.
+
+    The pool holds `num_blocks` blocks, or as many as `kv_memory_bytes` hold; by default eight full contexts.
+    """
+    torch.set_num_threads(threads)
+    model = load_model(path, dtype=dtype)
+    if num_blocks is None:
+        full_context = blocks_for(model.max_context, BLOCK_TOKENS)
+        by_memory = (kv_memory_bytes or 0) // (BLOCK_TOKENS * model.layout.bytes_per_token)
+        num_blocks = by_memory or 8 * full_context
+    pool = KVPool(model.layout, num_blocks, BLOCK_TOKENS)
+    runtime = ModelRuntime(
+        model=model,
+        profile=_profile_of(Path(path), model),
+        pool=pool,
+        allocator=BlockAllocator(num_blocks),
+        engine=Engine(model, pool),
+    )
+    warmup(runtime.profile)
+    return runtime
+
+
+def _profile_of(folder: Path, model: LoadedModel) -> Profile:
+    """The calibrated profile in the model's folder if it was made for exactly this model, else the safe default."""
+    file = folder / PROFILE_FILE
+    if file.is_file():
+        profile = load_profile(file)
+        if profile.fingerprint == model.fingerprint:
+            return profile
+        log.warning(
+            "%s was calibrated for another model or dtype; using the uncalibrated profile. Run `kvstream calibrate`.",
+            file.name,
+        )
+    return default_profile(model.layout, fingerprint=model.fingerprint)
+
+
+def limit_threads(threads: int) -> dict[str, str]:
+    """Environment for a worker process with that many compute threads. To be set before torch is imported: two torch
+    processes that each take all cores are tens of times slower than with one core each."""
+    value = str(max(1, min(threads, os.cpu_count() or 1)))
+    return {
+        "OMP_NUM_THREADS": value,
+        "MKL_NUM_THREADS": value,
+        "NUMBA_NUM_THREADS": value,
+        "OPENBLAS_NUM_THREADS": value,
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "TOKENIZERS_PARALLELISM": "false",
+        "HF_HUB_OFFLINE": "1",
+    }
