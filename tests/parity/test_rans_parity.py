@@ -14,7 +14,15 @@ from codec.chunk import decode_chunk, encode_chunk
 from codec.entropy import CodeBook, laplace_table, normalize
 from codec.profile import default_profile
 from kernels import rans_numba
-from kernels.rans_reference import ESCAPE, LANES, MAX_MAGNITUDE, Segment, StreamError, decode_segment, encode_segment
+from kernels.rans_reference import (
+    ESCAPE,
+    LANES,
+    MAX_MAGNITUDE,
+    Segment,
+    StreamError,
+    decode_segment,
+    encode_segment,
+)
 
 BACKENDS = ["reference", "numba"]
 
@@ -32,7 +40,9 @@ def test_reference_segment_round_trips(tokens: int, dim: int, group: int, spread
     coded = encode_segment(take_deltas(q, group), book.freqs, index, group)
     words = coded.to_words()
     assert len(words) == 2 * min(LANES, dim) + len(coded.words) + 2 * len(coded.escapes)
-    again = Segment.from_words(words, num_dims=dim, num_words=len(coded.words), num_escapes=len(coded.escapes))
+    again = Segment.from_words(
+        words, num_dims=dim, num_words=len(coded.words), num_escapes=len(coded.escapes)
+    )
     assert again == coded
     out = decode_segment(again, book.freqs, index, group, (tokens, dim))
     assert np.array_equal(add_anchors(out, group), q)
@@ -55,7 +65,13 @@ def test_reference_notices_damage() -> None:
 
 
 def test_tables_sum_and_keep_the_escape() -> None:
-    for counts in (np.zeros(256), np.eye(256)[127], np.full(256, 7), np.geomspace(1, 1e9, 256), np.eye(256)[ESCAPE]):
+    for counts in (
+        np.zeros(256),
+        np.eye(256)[127],
+        np.full(256, 7),
+        np.geomspace(1, 1e9, 256),
+        np.eye(256)[ESCAPE],
+    ):
         freqs = normalize(counts)
         assert int(freqs.sum()) == 4096 and freqs[ESCAPE] >= 1
         CodeBook(freqs=freqs[None])

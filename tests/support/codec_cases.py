@@ -19,7 +19,9 @@ def make_layout(layers: int = 2, heads: int = 2, dim_k: int = 64, dim_v: int = 6
     return CodecLayout(num_layers=layers, num_kv_heads=heads, head_dim_k=dim_k, head_dim_v=dim_v)
 
 
-def make_profile(layout: CodecLayout, *, seed: int = 0, group: int = 8, step: float = 0.25, needs_rope: bool = False) -> Profile:
+def make_profile(
+    layout: CodecLayout, *, seed: int = 0, group: int = 8, step: float = 0.25, needs_rope: bool = False
+) -> Profile:
     """A profile as calibration would write one, every step on: means, uneven steps, deltas on odd layers."""
     rng = np.random.default_rng(seed)
     shape = (layout.num_layers, layout.num_kv_heads)
@@ -56,7 +58,9 @@ def make_profile(layout: CodecLayout, *, seed: int = 0, group: int = 8, step: fl
     )
 
 
-def make_kv(layout: CodecLayout, tokens: int, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor]:
+def make_kv(
+    layout: CodecLayout, tokens: int, *, seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> tuple[torch.Tensor, torch.Tensor]:
     """K with channel biases and one outlier channel, V plain."""
     rng = np.random.default_rng(seed)
     k = rng.normal(0, 1, (layout.num_layers, tokens, layout.num_kv_heads, layout.head_dim_k))
@@ -74,11 +78,19 @@ def make_rope(tokens: int, dims: int, *, start: int = 0) -> RopeTable:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal as bit patterns: NaNs and signed zeros too."""
-    return a.dtype is b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
+    return a.dtype is b.dtype and torch.equal(
+        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
+    )
 
 
 def check_round_trip(
-    k: torch.Tensor, v: torch.Tensor, *, level: str, profile: Profile, rope: RopeTable | None, backend: str = "numba"
+    k: torch.Tensor,
+    v: torch.Tensor,
+    *,
+    level: str,
+    profile: Profile,
+    rope: RopeTable | None,
+    backend: str = "numba",
 ) -> bytes:
     """Encodes, decodes, checks exactness or the level's error bound; returns the blob."""
     blob = encode_chunk(k, v, level=level, profile=profile, rope=rope, backend=backend)
@@ -105,10 +117,14 @@ def shipped_steps(blob: bytes, which: str, profile: Profile) -> np.ndarray:
     width = bitstream.side_words(info.kind, True, dim)
     book = profile.level(info.level).codebook
     assert book is not None
-    return shipped.unpack_side(shipped.read_side(payload, tables[part].pos, width), dim, book)[1].reshape(info.layout[:2])
+    return shipped.unpack_side(shipped.read_side(payload, tables[part].pos, width), dim, book)[1].reshape(
+        info.layout[:2]
+    )
 
 
-def check_error_bound(old: torch.Tensor, new: torch.Tensor, steps: np.ndarray, rope: RopeTable | None) -> None:
+def check_error_bound(
+    old: torch.Tensor, new: torch.Tensor, steps: np.ndarray, rope: RopeTable | None
+) -> None:
     """|x - decoded| <= step / 2 where it was quantized (before RoPE for keys), plus bf16's and float32's rounding."""
     a, b = old.to(torch.bfloat16).double().numpy(), new.double().numpy()
     ulp = np.abs(b) * 2.0**-8 + np.abs(a) * 2.0**-19
