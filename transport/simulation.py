@@ -11,6 +11,7 @@ import heapq
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from random import Random
 from typing import Any
 
@@ -79,11 +80,13 @@ class SimulatedNetwork:
             elif isinstance(command, sink_io.Disconnect):
                 # What is under way still arrives; a send to this peer then fails, as ZeroMQ tells a ROUTER.
                 line = self._lines[command.link]
-                self.later(self._arrival(line, True, 0), lambda link=command.link: self._lines.pop(link, None))
+                self.later(self._arrival(line, True, 0), partial(self._lines.pop, command.link, None))
             else:
                 self._carry(command.link, True, encode_packet(command.packet))
 
     def tell_source(self, endpoint: str, event: source_io.SourceInput) -> None:
+        if endpoint not in self._sources:
+            return  # killed: its owner is dead too
         source, on_event = self._sources[endpoint]
         for command in source.handle(event, self.now):
             if isinstance(command, source_io.Notify):
@@ -92,7 +95,7 @@ class SimulatedNetwork:
                 self._carry(command.peer, False, encode_packet(command.packet))
             else:
                 gone = source_io.PeerGone(peer=command.peer, reason="the receiver is gone")
-                self.later(self.now, lambda gone=gone: self.tell_source(endpoint, gone))
+                self.later(self.now, partial(self.tell_source, endpoint, gone))
 
     def kill_source(self, endpoint: str, *, noticed: bool = True) -> None:
         """`noticed`: its kernel closes the connections. Else it just falls silent."""
@@ -100,7 +103,7 @@ class SimulatedNetwork:
         for link, line in list(self._lines.items()):
             if line.endpoint == endpoint and noticed:
                 down = sink_io.LinkDown(link=link, reason="the connection was cut")
-                self.later(self.now + self.delay_s, lambda line=line, down=down: self.tell_sink(line.sink, down))
+                self.later(self.now + self.delay_s, partial(self.tell_sink, line.sink, down))
 
     def later(self, at: float, action: Callable[[], Any]) -> None:
         heapq.heappush(self._agenda, (at, next(self._order), action))

@@ -2,14 +2,18 @@
 
 A message is one or two frames:
 
-    frame 0   msgpack array [kind, incarnation, epoch, seq, fields...]      at most Limits.header_bytes
-    frame 1   PART: raw bytes of the blob; OPEN and ACCEPT: a msgpack map   else absent
+    frame 0   CRC-32 (4 bytes, little-endian), msgpack array [kind, incarnation, epoch, seq, fields...]
+    frame 1   PART: raw bytes of the blob; OPEN and ACCEPT: a msgpack map; else absent
+
+The CRC covers the array and the map. A blob's bytes carry the codec's own checksum: what is delivered wrongly is told
+apart from what is delivered to the wrong place.
 
 Sizes are checked before anything is unpacked or memory is taken. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from operator import attrgetter
 from typing import Any
@@ -117,9 +121,15 @@ def encode_packet(packet: Packet) -> list[Buffer]:
     kind, values, second = _ENCODE[type(message)]
     header = msgpack.packb((kind, packet.incarnation, packet.epoch, packet.seq, *values(message)))
     if second is None:
-        return [header]
-    payload = message.data if type(message) is Part else pack_body(message.body)  # type: ignore[union-attr]
-    return [header, payload]
+        return [_seal(header)]
+    if type(message) is Part:
+        return [_seal(header), message.data]
+    body = pack_body(message.body)  # type: ignore[union-attr]
+    return [_seal(header, body), body]
+
+
+def _seal(header: bytes, body: Buffer = b"") -> bytes:
+    return zlib.crc32(body, zlib.crc32(header)).to_bytes(4, "little") + header
 
 
 def decode_packet(frames: Sequence[Buffer], limits: Limits) -> Packet:
@@ -128,10 +138,14 @@ def decode_packet(frames: Sequence[Buffer], limits: Limits) -> Packet:
         raise MalformedMessage(f"a message has 1 or 2 frames, this has {len(frames)}")
     if len(frames[0]) > limits.header_bytes:
         raise LimitExceeded(f"header of {len(frames[0])} bytes, the limit is {limits.header_bytes}")
-    head = _unpack(frames[0])
+    stated, header = frames[0][:4], memoryview(frames[0])[4:]
+    head = _unpack(header)
     if type(head) is not list or len(head) < 4 or type(head[0]) is not int or head[0] not in _BY_KIND:
         raise MalformedMessage("the header is no array that starts with a known kind, incarnation, epoch, seq")
     cls, fields, second = _BY_KIND[head[0]]
+    sealed = frames[1] if second == "body" and len(frames) == 2 else b""
+    if zlib.crc32(sealed, zlib.crc32(header)) != int.from_bytes(stated, "little"):
+        raise MalformedMessage(f"{cls.__name__}: the header's checksum does not match")
     _, incarnation, epoch, seq, *values = head
     if not (_is_id(incarnation, limits) and _is_count(epoch, limits) and _is_count(seq, limits)):
         raise MalformedMessage(f"{cls.__name__}: bad incarnation, epoch or seq")

@@ -1,0 +1,190 @@
+"""The protocol over links that drop, duplicate, reorder and corrupt: every blob asked for arrives intact or an event
+says that it will not, within a bounded time, and nothing is left behind. A failing seed is in the test's name."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+
+from transport import events as ev
+from transport import sink_io, source_io
+from transport.limits import KB, Timing
+from transport.messages import Greeting
+from transport.simulation import Faults, SimulatedNetwork
+from transport.sink import Sink
+from transport.source import Source
+
+GREETING = Greeting(model_fingerprint="m1", kv_layout="12x2x64", codec_profile="p1")
+ENDED = (ev.TransferLost, ev.Refused)
+# A lost message is noticed at the next heartbeat; at worst, at the end of the lease. Then the transfers themselves.
+BOUND_S = 2 * Timing().lease_s + 10
+
+
+class Peers:
+    """Several sinks and sources; owners act at random but seeded, and record what they were told."""
+
+    def __init__(self, seed: int, faults: Faults, num_sinks: int = 2, num_sources: int = 2) -> None:
+        self.random = Random(seed)
+        self.net = SimulatedNetwork(
+            seed=seed,
+            rate_bytes_per_s=10 ** self.random.uniform(5.5, 8),
+            delay_s=10 ** self.random.uniform(-4, -1.3),
+            faults=faults,
+        )
+        self.sources = {f"tcp://source{i}": Source(greeting=GREETING, incarnation=f"s{i}") for i in range(num_sources)}
+        self.sinks = {f"sink{i}": Sink(greeting=GREETING, incarnation=f"d{i}") for i in range(num_sinks)}
+        self.asked: dict[tuple[str, int], str] = {}  # what is outstanding -> level last asked for
+        self.ended: dict[str, Any] = {}
+        self.blobs = 0
+        self.failed = 0
+        self.transfers: list[tuple[str, str]] = []
+        for endpoint, source in self.sources.items():
+            self.net.add_source(endpoint, source, self.owner_of(endpoint))
+        for name, sink in self.sinks.items():
+            self.net.add_sink(name, sink, self.on_sink_event)
+
+    def owner_of(self, endpoint: str) -> Any:
+        def on_event(event: Any) -> None:
+            later_s = self.random.random() * 0.2
+            if isinstance(event, ev.TransferOpened):
+                accept = source_io.AcceptTransfer(transfer_id=event.transfer_id, body={})
+                self.net.later(self.net.now + later_s, lambda: self.net.tell_source(endpoint, accept))
+            elif isinstance(event, ev.ChunkRequested):
+                self.net.later(self.net.now + later_s, lambda: self.encode(endpoint, event.transfer_id, event.chunk))
+
+        return on_event
+
+    def encode(self, endpoint: str, transfer_id: str, chunk: int) -> None:
+        source = self.sources.get(endpoint)
+        level = source.take(transfer_id, chunk) if source is not None else None
+        if level is None:
+            return
+        answer: source_io.SourceInput
+        if self.random.random() < 0.05:
+            answer = source_io.FailChunk(transfer_id=transfer_id, chunk=chunk, reason="no pages")
+        else:
+            blob = content(transfer_id, chunk, level)
+            answer = source_io.SupplyChunk(transfer_id=transfer_id, chunk=chunk, level=level, blob=blob)
+        self.net.later(self.net.now + 0.01, lambda: self.net.tell_source(endpoint, answer))
+
+    def on_sink_event(self, event: Any) -> None:
+        assert event.transfer_id not in self.ended, f"an event after the end: {event}"
+        if isinstance(event, ev.BlobArrived):
+            self.blobs += 1
+            assert bytes(event.blob) == content(event.transfer_id, event.chunk, event.level)
+            del self.asked[event.transfer_id, event.chunk]
+        elif isinstance(event, ev.ChunkFailed):
+            self.failed += 1
+            del self.asked[event.transfer_id, event.chunk]
+        elif isinstance(event, ENDED):
+            self.end(event.transfer_id, event)
+
+    def end(self, transfer_id: str, why: Any) -> None:
+        self.ended[transfer_id] = why
+        for key in [key for key in self.asked if key[0] == transfer_id]:
+            del self.asked[key]
+
+    def act(self) -> None:
+        """One random thing that an owner of a sink may do."""
+        choice = self.random.random()
+        alive = [(name, t) for name, t in self.transfers if t not in self.ended]
+        if choice < 0.15 or not alive:
+            name = self.random.choice(list(self.sinks))
+            transfer_id = f"{name}.{len(self.transfers)}"
+            endpoint = self.random.choice(list(self.sources))
+            self.transfers.append((name, transfer_id))
+            self.net.tell_sink(name, sink_io.OpenTransfer(transfer_id=transfer_id, endpoint=endpoint, body={"n": 1}))
+            return
+        name, transfer_id = self.random.choice(alive)
+        chunk = self.random.randrange(12)
+        if choice < 0.8:
+            level = self.random.choice(["raw", "q1", "q4"])
+            self.asked[transfer_id, chunk] = level
+            self.net.tell_sink(name, sink_io.RequestChunk(transfer_id=transfer_id, chunk=chunk, level=level))
+        elif choice < 0.92:
+            self.asked.pop((transfer_id, chunk), None)
+            self.net.tell_sink(name, sink_io.WithdrawChunk(transfer_id=transfer_id, chunk=chunk))
+        else:
+            self.end(transfer_id, "closed")
+            self.net.tell_sink(name, sink_io.CloseTransfer(transfer_id=transfer_id))
+
+    def check(self) -> None:
+        for machine in (*self.sources.values(), *self.sinks.values()):
+            machine.check_integrity()
+
+
+def content(transfer_id: str, chunk: int, level: str) -> bytes:
+    random = Random(f"{transfer_id} {chunk} {level}")
+    return random.randbytes(random.choice([0, 1, 1000, 40 * KB, 200 * KB]))
+
+
+FAULTS = {
+    "none": Faults(),
+    "drop": Faults(drop=0.01),
+    "duplicate": Faults(duplicate=0.2),
+    "reorder": Faults(reorder=0.02),
+    "corrupt": Faults(corrupt=0.01),
+    "all": Faults(drop=0.005, duplicate=0.05, reorder=0.005, corrupt=0.005),
+    "hopeless": Faults(drop=0.4, duplicate=0.2, reorder=0.3, corrupt=0.2),
+}
+
+
+@pytest.mark.parametrize("seed", range(12))
+@pytest.mark.parametrize("kind", FAULTS)
+def test_all_arrives_or_an_event_says_that_it_will_not(kind: str, seed: int) -> None:
+    peers = Peers(seed, FAULTS[kind])
+    for step in range(120):
+        peers.net.run(until_s=step * 0.05)
+        peers.act()
+        peers.check()
+    peers.net.run(until_s=120 * 0.05 + BOUND_S, done=lambda: not peers.asked)
+    assert not peers.asked, "hangs: " + str(peers.asked)
+    peers.check()
+    if kind in ("none", "duplicate"):
+        assert not [why for why in peers.ended.values() if why != "closed"]
+        assert peers.blobs > 20
+    # Close all: both ends forget everything.
+    for name, transfer_id in peers.transfers:
+        peers.net.tell_sink(name, sink_io.CloseTransfer(transfer_id=transfer_id))
+    peers.net.run(until_s=peers.net.now + BOUND_S)
+    peers.check()
+    assert sum(machine.num_transfers for machine in (*peers.sources.values(), *peers.sinks.values())) == 0
+
+
+def test_the_faults_do_happen() -> None:
+    peers = Peers(3, FAULTS["all"])
+    for step in range(100):
+        peers.net.run(until_s=step * 0.05)
+        peers.act()
+    assert peers.net.num_faults > 20 and peers.blobs > 0
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_source_dies_in_mid_transfer(seed: int) -> None:
+    peers = Peers(seed, Faults(), num_sources=2)
+    for step in range(60):
+        peers.net.run(until_s=step * 0.05)
+        peers.act()
+    dead = "tcp://source0"
+    peers.net.kill_source(dead, noticed=seed % 2 == 0)
+    peers.net.run(until_s=peers.net.now + BOUND_S, done=lambda: not peers.asked)
+    assert not peers.asked
+    peers.sources.pop(dead)
+    peers.check()
+
+
+@pytest.mark.parametrize("rate_bytes_per_s", [2e4, 2.5e5, 2.5e6, 1.25e8, 2e9])
+@pytest.mark.parametrize("delay_s", [0.0, 0.0005, 0.02, 0.15])
+def test_no_rate_or_delay_stalls_the_window(rate_bytes_per_s: float, delay_s: float) -> None:
+    peers = Peers(1, Faults(), num_sinks=1, num_sources=1)
+    peers.net.rate_bytes_per_s, peers.net.delay_s = rate_bytes_per_s, delay_s
+    peers.transfers.append(("sink0", "t"))
+    peers.net.tell_sink("sink0", sink_io.OpenTransfer(transfer_id="t", endpoint="tcp://source0", body={}))
+    for chunk in range(12):
+        peers.asked["t", chunk] = "raw"
+        peers.net.tell_sink("sink0", sink_io.RequestChunk(transfer_id="t", chunk=chunk, level="raw"))
+    total = sum(len(content("t", chunk, "raw")) for chunk in range(12))
+    assert peers.net.run(until_s=3 + 60 * delay_s + 1.5 * total / rate_bytes_per_s, done=lambda: not peers.asked)
+    assert peers.blobs + peers.failed == 12
