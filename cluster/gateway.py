@@ -27,6 +27,9 @@ from cluster.http_shell import (
     EventStream,
     FrontDoor,
     error_response,
+    on_client_gone,
+    on_http_error,
+    on_unexpected,
     sse,
     to_json,
     unless_client_leaves,
@@ -98,9 +101,9 @@ def create_app(
     app.add_api_route("/metrics", gateway.metrics_text, methods=["GET"])
     app.add_api_route("/version", gateway.version, methods=["GET"])
     app.add_exception_handler(APIError, gateway.on_api_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(ClientGone, _on_client_gone)
-    app.add_exception_handler(Exception, _on_unexpected)
+    app.add_exception_handler(HTTPException, on_http_error)
+    app.add_exception_handler(ClientGone, on_client_gone)
+    app.add_exception_handler(Exception, on_unexpected)
     app.add_middleware(FrontDoor, api_keys=api_keys, max_body_bytes=max_body_bytes)
     return app
 
@@ -146,9 +149,7 @@ class Gateway:
         body = parse_body(await request.body(), ChatBody)
         card = self._card(body.model)
         token_ids = await self._off_loop(
-            lambda: chat_token_ids(
-                self._tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt
-            )
+            lambda: chat_token_ids(self._tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt)
         )
         return await self._answer(request, body, card, token_ids, kind="chat")
 
@@ -173,9 +174,7 @@ class Gateway:
             silent_ids=silent,
         )
         if request_id in self._in_flight:
-            raise APIError(
-                409, f"request_id {request_id!r} is in use", code="request_id_in_use", param="request_id"
-            )
+            raise APIError(409, f"request_id {request_id!r} is in use", code="request_id_in_use", param="request_id")
         self._in_flight.add(request_id)
         pieces = run_request(self._backend, generation, output, self._metrics)
 
@@ -235,9 +234,7 @@ class Gateway:
         def tokens() -> list[int]:
             if body.messages is None:
                 return self._tokenizer.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-            text = render_chat(
-                self._tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt
-            )
+            text = render_chat(self._tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt)
             return self._tokenizer.encode(text, add_special_tokens=False)
 
         token_ids = await self._off_loop(tokens)
@@ -343,25 +340,3 @@ def _ttft_header(request: Request) -> float | None:
 
 def _json(value: Any, *, status: int = 200) -> Response:
     return Response(to_json(value), status_code=status, media_type="application/json")
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    message = {
-        404: f"there is no {request.url.path} here",
-        405: f"{request.method} is not allowed on {request.url.path}",
-    }.get(error.status_code, str(error.detail))
-    return error_response(
-        APIError(error.status_code, message, code=message and error.detail.lower().replace(" ", "_"))
-    )
-
-
-async def _on_client_gone(request: Request, error: Exception) -> Response:
-    return Response(status_code=499)  # nobody reads it; the access log does
-
-
-async def _on_unexpected(request: Request, error: Exception) -> Response:
-    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
-    return error_response(
-        APIError(500, "internal error; the server's log has the details", code="internal_error")
-    )

@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import logging
 import re
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, TypeVar
 
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from cluster.openai_schema import REQUEST_ID, APIError
 
+log = logging.getLogger(__name__)
 T = TypeVar("T")
 ID_KEY = "kvstream.request_id"  # in the ASGI scope; an endpoint may replace it
 
@@ -31,9 +35,7 @@ def to_json(value: Any) -> bytes:
 def error_response(error: APIError) -> Response:
     """An APIError as HTTP."""
     headers = {"www-authenticate": "Bearer"} if error.status == 401 else None
-    return Response(
-        to_json(error.body()), status_code=error.status, media_type="application/json", headers=headers
-    )
+    return Response(to_json(error.body()), status_code=error.status, media_type="application/json", headers=headers)
 
 
 class FrontDoor:
@@ -119,9 +121,7 @@ async def _disconnected(receive: Receive) -> None:
 class EventStream(Response):
     """Server-sent events. Ends, and closes, when the client leaves or takes nothing for `stall_s`."""
 
-    def __init__(
-        self, events: AsyncIterator[bytes], *, close: Callable[[], Awaitable[None]], stall_s: float
-    ) -> None:
+    def __init__(self, events: AsyncIterator[bytes], *, close: Callable[[], Awaitable[None]], stall_s: float) -> None:
         super().__init__(
             media_type="text/event-stream", headers={"cache-control": "no-cache", "x-accel-buffering": "no"}
         )
@@ -149,3 +149,24 @@ class EventStream(Response):
 def sse(value: Any) -> bytes:
     """One server-sent event."""
     return b"data: " + (value if isinstance(value, bytes) else to_json(value)) + b"\n\n"
+
+
+async def on_http_error(request: Request, error: Exception) -> Response:
+    """Unknown paths and methods, in the form of every other error."""
+    assert isinstance(error, HTTPException)
+    message = {
+        404: f"there is no {request.url.path} here",
+        405: f"{request.method} is not allowed on {request.url.path}",
+    }.get(error.status_code, str(error.detail))
+    return error_response(APIError(error.status_code, message, code=error.detail.lower().replace(" ", "_")))
+
+
+async def on_client_gone(request: Request, error: Exception) -> Response:
+    """Nobody reads this answer; the access log does."""
+    return Response(status_code=499)
+
+
+async def on_unexpected(request: Request, error: Exception) -> Response:
+    """A bug: the details go to the log only."""
+    log.error("%s %s failed", request.method, request.url.path, exc_info=error)
+    return error_response(APIError(500, "internal error; the server's log has the details", code="internal_error"))
