@@ -36,7 +36,7 @@ ONLY_IN: dict[str, set[str]] = {
     "pydantic": {"cluster", "scripts"},
     "prometheus_client": {"cluster"},
     "typer": {"scripts"},
-    "transformers": {"prefill", "scripts"},
+    "transformers": {"prefill", "cluster", "scripts"},
     "torch": {"kernels", "codec", "prefill", "decode", "cluster", "scripts"},
 }
 
