@@ -28,6 +28,7 @@ from transport.source_io import (
     Command,
     EndTransfer,
     FailChunk,
+    Forget,
     Notify,
     PeerGone,
     Received,
@@ -187,6 +188,8 @@ class KVServer:
                 self._on_event(command.event)
             elif type(command) is Send:
                 self._send(command.peer.encode("latin-1"), encode_packet(command.packet))
+            elif type(command) is Forget:
+                self._waiting.pop(command.peer.encode("latin-1"), None)
 
     def _send(self, peer: bytes, frames: list[Buffer]) -> None:
         waiting = self._waiting.setdefault(peer, deque())

@@ -91,6 +91,8 @@ class SimulatedNetwork:
         for command in source.handle(event, self.now):
             if isinstance(command, source_io.Notify):
                 on_event(command.event)
+            elif isinstance(command, source_io.Forget):
+                continue  # lines hold what was sent; nothing waits outside them
             elif command.peer in self._lines:
                 self._carry(command.peer, False, encode_packet(command.packet))
             else:

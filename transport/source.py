@@ -19,6 +19,7 @@ from transport.source_io import (
     Command,
     EndTransfer,
     FailChunk,
+    Forget,
     Notify,
     PeerGone,
     Received,
@@ -291,6 +292,7 @@ class Source:
     def _send_outside(self, peer: str, epoch: int, message: Message) -> None:
         packet = Packet(incarnation=self._incarnation, epoch=epoch, seq=0, message=message)
         self._out.append(Send(peer=peer, packet=packet))
+        self._out.append(Forget(peer=peer))
 
     def _announce(self, transfer: Transfer, chunk: int, standing: Standing) -> None:
         self._notify(
@@ -314,6 +316,7 @@ class Source:
 
     def _drop(self, session: Session, reason: str) -> None:
         del self._sessions[session.peer]
+        self._out.append(Forget(peer=session.peer))
         for transfer in list(session.transfers.values()):
             self._end(transfer)
             self._notify(ev.TransferClosed(transfer_id=transfer.id, at=self._now, reason=reason))

@@ -76,8 +76,15 @@ class Send:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Forget:
+    """No session with this peer any more: what its socket has not taken by now is dropped."""
+
+    peer: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Notify:
     event: SourceEvent
 
 
-Command = Send | Notify
+Command = Send | Forget | Notify
