@@ -350,7 +350,7 @@ class FillMachine:
             num_in_flight=len(in_flight),
             in_flight_bytes=sum(self.chunks[index].left_bytes for index in in_flight),
             chunk_bytes=self._chunk_bytes,
-            bytes_per_s=self.link.bytes_per_s(now, waiting_since=self._moved_at) if self._may_load else 0.0,
+            bytes_per_s=self._rate(now) if self._may_load else 0.0,
             latency_s=self._latency_s(asked, now),
             decode_s=self._codec.seconds,
             compute_s=(lambda count: self._chunk_compute_s(first, count)) if self.spec.may_compute else None,
@@ -358,6 +358,13 @@ class FillMachine:
             source_s=source_s,
             live=self.live,
         )
+
+    def _rate(self, now: float) -> float:
+        """The link's rate. Silence counts against it, but not the time in which a live source computes a chunk."""
+        waiting_since = self._moved_at
+        if self.live and waiting_since is not None:
+            waiting_since += 2.0 * self._chunk_compute_s(self.spec.num_chunks - 1, 1)
+        return self.link.bytes_per_s(now, waiting_since=waiting_since)
 
     def _latency_s(self, asked: Sequence[int], now: float) -> float:
         """Until the next byte can come. A source that has not answered yet is likely to take as long again."""
@@ -393,7 +400,7 @@ class FillMachine:
         wanted = sorted([*missing, *standing])[plan.compute_chunks :]
         to_load = [index for index in (wanted if self.live else wanted[::-1]) if index not in standing]
         chunk_bytes = max(self._chunk_bytes[plan.level], 1.0)
-        rate = self.link.bytes_per_s(now, waiting_since=self._moved_at)
+        rate = self._rate(now)
         ahead = min(max(MIN_AHEAD, int(AHEAD_S * rate / chunk_bytes) + 1), MAX_AHEAD)
         for index in to_load[: max(0, ahead - len(asked))]:
             was_idle = not self._in(ChunkState.ASKED)
@@ -419,7 +426,7 @@ class FillMachine:
         old = self.plan
         if old is not None and old.level == plan.level and (old.compute_chunks > 0) == (plan.compute_chunks > 0):
             return
-        rate_mbps = self.link.bytes_per_s(now, waiting_since=self._moved_at) * 8e-6
+        rate_mbps = self._rate(now) * 8e-6
         verdict = "in time" if plan.meets_target else "as fast as possible"
         how = f"compute {plan.compute_chunks} from the front, load the others" if plan.compute_chunks else "load"
         self._note(

@@ -1,0 +1,252 @@
+"""Starting and stopping a cluster: a Ray of its own or a running one, the actors on it, by resources.
+
+The launcher makes the CURVE keys, places workers on nodes that offer the resource `prefill` or `decode`, waits until
+all are ready, and opens the gateway last.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import signal
+import threading
+import uuid
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray
+from rich.console import Console
+
+from cluster.actors import CONTROLLER, Controller, GatewayActor, WorkerActor
+from cluster.config import ServeConfig, StartRefused, WorkerLink
+from cluster.routing import Role
+from prefill.runtime import limit_threads
+from transport.curve import CurveKeys
+
+NAMESPACE = "kvstream"
+START_TIMEOUT_S = 180.0
+OBJECT_STORE_BYTES = 80 << 20  # Ray's least; nothing of ours goes through it
+ENVIRONMENT = {
+    "RAY_AUTH_MODE": "disabled",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@dataclass(slots=True, kw_only=True)
+class RunningCluster:
+    """What `running_cluster` gives: where it serves, and its actors for whoever tests it."""
+
+    base_url: str
+    model_name: str
+    controller: Any
+    gateway: Any
+    workers: dict[str, Any] = field(default_factory=dict)  # id -> actor handle
+
+
+@contextlib.contextmanager
+def running_cluster(config: ServeConfig) -> Iterator[RunningCluster]:
+    """A cluster for the length of a with-block. Raises StartRefused, in words that say what to do."""
+    _connect(config)
+    try:
+        yield _start(config)
+    finally:
+        ray.shutdown()  # ends the actors: none of them is detached
+
+
+def serve(config: ServeConfig) -> None:
+    """`kvstream serve`: run until interrupted."""
+    console = Console(stderr=True)
+    stopped = threading.Event()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: stopped.set())
+    with console.status("starting workers ..."):
+        context = running_cluster(config)
+        cluster = context.__enter__()
+    try:
+        console.print(
+            f"serving [bold]{cluster.model_name}[/bold] at [bold]{cluster.base_url}[/bold] with "
+            f"{config.num_prefill} prefill and {config.num_decode} decode workers; Ctrl-C stops"
+        )
+        stopped.wait()
+    finally:
+        context.__exit__(None, None, None)
+
+
+def _connect(config: ServeConfig) -> None:
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    options: dict[str, Any] = {
+        "namespace": f"{NAMESPACE}-{uuid.uuid4().hex[:8]}",  # several clusters may share a Ray
+        "logging_level": logging.WARNING,
+        "log_to_driver": os.environ.get("KVSTREAM_WORKER_LOGS", "") == "1",
+    }
+    try:
+        if config.address == "local":
+            ray.init(
+                num_cpus=os.cpu_count(),
+                resources={"prefill": max(config.num_prefill, 1), "decode": config.num_decode},
+                include_dashboard=False,
+                object_store_memory=OBJECT_STORE_BYTES,
+                _node_ip_address="127.0.0.1",
+                **options,
+            )
+        else:
+            ray.init(address=config.address, **options)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise StartRefused(
+            f"cannot reach the Ray cluster {config.address!r}: {_first_line(error)}. Is `ray start` or `ray up` done, "
+            "and is RAY_AUTH_MODE the same here as there?"
+        ) from error
+
+
+def _start(config: ServeConfig) -> RunningCluster:
+    is_local = config.address == "local"
+    _check_room(config)
+    client_keys, make_server_keys = _keys(enabled=not is_local and not config.insecure)
+    threads = config.threads or _threads(config)
+    environment = {"env_vars": {**ENVIRONMENT, **limit_threads(threads)}}
+    controller = (
+        ray.remote(Controller).options(name=CONTROLLER, num_cpus=0, max_restarts=-1, runtime_env=environment).remote()
+    )
+    runtime = {
+        "path": str(Path(config.model).resolve()),
+        "dtype": config.dtype,
+        "num_blocks": config.kv_blocks,
+        "kv_memory_bytes": config.kv_memory,
+        "threads": threads,
+    }
+    actor = ray.remote(WorkerActor)
+    workers: dict[str, Any] = {}
+    for role, count in (("prefill", config.num_prefill), ("decode", config.num_decode)):
+        for number in range(count):
+            link = _link(config, role, number)
+            worker: dict[str, Any] = {
+                "bind": _bind(link, is_local),
+                "insecure": config.insecure,
+                "curve": make_server_keys(),
+            }
+            if role == "prefill":
+                worker["store_bytes"] = config.store_bytes
+            else:
+                worker |= {"policy": config.policy, "chunk_tokens": config.chunk_tokens}
+            worker_id = f"{role}-{number}"
+            workers[worker_id] = actor.options(
+                num_cpus=0, resources={role: 1}, max_restarts=-1, runtime_env=environment
+            ).remote(
+                role=role,
+                worker_id=worker_id,
+                runtime=runtime,
+                worker=worker,
+                advertise=link.advertise,
+            )
+    model = _wait_until_ready(workers)
+    _check_policy(config, model["levels"])
+    name = config.model_name or Path(config.model).resolve().name
+    gateway = (
+        ray.remote(GatewayActor)
+        .options(num_cpus=0, runtime_env={"env_vars": {**ENVIRONMENT, **limit_threads(1)}})
+        .remote(
+            model_path=runtime["path"],
+            model_name=name,
+            model=model,
+            chunk_tokens=config.chunk_tokens,
+            host=config.host,
+            port=config.port,
+            api_keys=config.api_keys,
+            curve=client_keys,
+        )
+    )
+    try:
+        port = ray.get(gateway.start.remote(len(workers), START_TIMEOUT_S), timeout=START_TIMEOUT_S)
+    except ray.exceptions.RayError as error:
+        raise StartRefused(f"the gateway could not start on {config.host}:{config.port}: {_cause(error)}") from error
+    host = f"[{config.host}]" if ":" in config.host else config.host
+    return RunningCluster(
+        base_url=f"http://{host}:{port}", model_name=name, controller=controller, gateway=gateway, workers=workers
+    )
+
+
+def _check_room(config: ServeConfig) -> None:
+    offered = ray.cluster_resources()
+    for role, count in (("prefill", config.num_prefill), ("decode", config.num_decode)):
+        if offered.get(role, 0) < count:
+            raise StartRefused(
+                f"{count} {role} workers were asked for and the cluster has room for {offered.get(role, 0):g}: start "
+                f"nodes with `ray start --resources='{{\"{role}\": 1}}'`, or ask for fewer with --num-{role}"
+            )
+
+
+def _threads(config: ServeConfig) -> int:
+    """Compute threads of a worker: the cores of the smallest node that takes workers, divided among its workers."""
+    if config.address == "local":
+        return max(1, (os.cpu_count() or 1) // (config.num_prefill + config.num_decode))
+    shares = []
+    for node in ray.nodes():
+        resources = node["Resources"]
+        num_workers = resources.get("prefill", 0) + resources.get("decode", 0)
+        if node["Alive"] and num_workers:
+            shares.append(int(resources.get("CPU", 1) // num_workers))
+    return max(1, min(shares, default=1))
+
+
+def _keys(*, enabled: bool) -> tuple[CurveKeys | None, Any]:
+    """The cluster's client keys, and a maker of server keys that admit only these."""
+    if not enabled:
+        return None, lambda: None
+    client = CurveKeys.generate()
+
+    def make() -> CurveKeys:
+        # A decode worker is a server to gateways and a client to prefill workers: one key pair does for both, so
+        # every worker's public key has to be known to the others. They share the client's.
+        return CurveKeys(public=client.public, secret=client.secret, allowed_client_keys=(client.public,))
+
+    return client, make
+
+
+def _link(config: ServeConfig, role: Role | str, number: int) -> WorkerLink:
+    links = getattr(config.link, role)
+    return links[number] if number < len(links) else WorkerLink()
+
+
+def _bind(link: WorkerLink, is_local: bool) -> str:
+    if link.bind:
+        return f"tcp://{link.bind}"
+    return "tcp://127.0.0.1:0" if is_local else "tcp://NODE:0"
+
+
+def _wait_until_ready(workers: dict[str, Any]) -> dict[str, Any]:
+    model: dict[str, Any] = {}
+    for worker_id, worker in workers.items():
+        try:
+            model = ray.get(worker.ready.remote(), timeout=START_TIMEOUT_S)
+        except ray.exceptions.GetTimeoutError as error:
+            raise StartRefused(f"{worker_id} was not ready after {START_TIMEOUT_S:.0f} s") from error
+        except ray.exceptions.RayError as error:
+            raise StartRefused(f"{worker_id} could not start: {_cause(error)}") from error
+        if model.get("refused") is not None:
+            raise StartRefused(f"{worker_id} could not start: {model['refused']}")
+    return model
+
+
+def _check_policy(config: ServeConfig, levels: tuple[str, ...]) -> None:
+    if not set(config.policy.allowed_levels()) & set(levels):
+        raise StartRefused(
+            f"the policy allows {', '.join(config.policy.allowed_levels())}, and this model's codec profile has "
+            f"{', '.join(levels)}: change `levels` or `floor`"
+        )
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
+
+def _cause(error: BaseException) -> str:
+    """The last line of a Ray error's traceback: what went wrong, without the way there."""
+    text = str(error).strip()
+    return text.splitlines()[-1].strip() if text else type(error).__name__

@@ -1,0 +1,97 @@
+"""Who is in the cluster and which workers serve a request. Pure: reports and `now` in, tables and routes out.
+
+Membership is soft state: every worker reports itself once a second, so a restarted controller knows everybody again
+after a second. The same functions run in the controller and, on its last table, in the gateways.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+SUSPECT_S = 3.0  # silent for so long: nothing new is routed to the worker
+EXPIRED_S = 10.0  # silent for so long: forgotten; it may come back with a new report
+
+Role = Literal["prefill", "decode"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerInfo:
+    """A worker's report. `endpoint`: where KV (prefill) or tokens (decode) are served; an incarnation is one life of
+    the worker's process."""
+
+    id: str
+    role: Role
+    incarnation: str
+    endpoint: str
+    public_key: str | None = None
+    is_suspect: bool = False
+
+    def to_wire(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_wire(cls, body: Mapping[str, Any]) -> WorkerInfo:
+        return cls(**body)
+
+
+class Membership:
+    """Everybody who reported lately."""
+
+    def __init__(self) -> None:
+        self._workers: dict[str, WorkerInfo] = {}
+        self._heard_at: dict[str, float] = {}
+
+    def report(self, info: WorkerInfo, now: float) -> None:
+        """A new incarnation under a known id takes its place at once."""
+        self._workers[info.id] = replace(info, is_suspect=False)
+        self._heard_at[info.id] = now
+
+    def table(self, now: float) -> list[WorkerInfo]:
+        """Who is here, in the order of first reports; the expired are forgotten."""
+        for worker_id in [i for i, at in self._heard_at.items() if now - at >= EXPIRED_S]:
+            del self._workers[worker_id], self._heard_at[worker_id]
+        return [
+            replace(info, is_suspect=now - self._heard_at[worker_id] >= SUSPECT_S)
+            for worker_id, info in self._workers.items()
+        ]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Route:
+    """Where a request goes: `source` is None when the decode worker shall compute the prompt alone."""
+
+    decode: WorkerInfo
+    source: WorkerInfo | None
+
+
+def choose_route(
+    table: Sequence[WorkerInfo],
+    token_ids: Sequence[int],
+    *,
+    chunk_tokens: int,
+    cache_salt: str,
+    in_flight: Mapping[str, int],
+    avoid: frozenset[str] = frozenset(),
+) -> Route | None:
+    """The decode worker with the fewest requests of this gateway in flight; the source that owns the prompt's first
+    chunk. None if no decode worker can be reached. `avoid`: incarnations that just failed."""
+    usable = [info for info in table if not info.is_suspect and info.incarnation not in avoid]
+    decoders = [info for info in usable if info.role == "decode"]
+    if not decoders:
+        return None
+    decode = min(decoders, key=lambda info: in_flight.get(info.id, 0))
+    sources = [info for info in usable if info.role == "prefill"]
+    if not sources or len(token_ids) <= chunk_tokens:
+        return Route(decode=decode, source=None)
+    return Route(decode=decode, source=owner(sources, token_ids[:chunk_tokens], cache_salt))
+
+
+def owner(sources: Sequence[WorkerInfo], first_chunk: Sequence[int], cache_salt: str) -> WorkerInfo:
+    """Rendezvous hashing (Thaler and Ravishankar, 1998): the same document goes to the same source, without an index,
+    and only the documents of a source that leaves move."""
+    key = array("I", first_chunk).tobytes() + b"\0" + cache_salt.encode()
+    return max(sources, key=lambda info: hashlib.blake2b(info.id.encode() + b"\0" + key, digest_size=8).digest())
