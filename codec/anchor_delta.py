@@ -1,4 +1,4 @@
-"""CacheGen's first idea as a codec step: in groups of G tokens, code the first as it is and the rest as differences to it.
+"""CacheGen's first idea as a codec step: in groups of G tokens, the first is coded as it is, the rest as differences.
 
 Pure, numpy. The differences are taken between *quantized* values, so the loop is closed: the decoder adds what the
 encoder subtracted, errors do not accumulate, and the reconstruction is bit for bit that of coding without deltas. So

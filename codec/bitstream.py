@@ -74,7 +74,8 @@ def pack_header(info: BlobInfo) -> bytes:
     flags = FLAG_UNROTATED * info.is_unrotated | FLAG_SHIPPED * info.is_shipped
     fields = (
         MAGIC, VERSION, int(info.kind), DTYPE_CODES[info.dtype], flags, info.level.encode("ascii"),
-        bytes.fromhex(info.profile_id), *info.layout, info.num_tokens, info.lanes, info.prob_bits, 0, info.body_bytes, 0,
+        bytes.fromhex(info.profile_id), *info.layout, info.num_tokens, info.lanes, info.prob_bits, 0,
+        info.body_bytes, 0,
     )  # fmt: skip
     head = HEADER.pack(*fields, 0)[:-4]
     return head + struct.pack("<I", zlib.crc32(head))
@@ -135,8 +136,9 @@ def parse_header(blob: memoryview) -> BlobInfo:
         if value == 0:
             raise MalformedBlob(f"the header says 0 {what}")
     info = BlobInfo(
-        level=name.decode("ascii"), kind=LevelKind(kind), dtype=DTYPE_NAMES[dtype], is_unrotated=bool(flags & FLAG_UNROTATED),
-        is_shipped=bool(flags & FLAG_SHIPPED), profile_id=profile_id.hex(), layout=(layers, heads, dim_k, dim_v), num_tokens=tokens,
+        level=name.decode("ascii"), kind=LevelKind(kind), dtype=DTYPE_NAMES[dtype],
+        is_unrotated=bool(flags & FLAG_UNROTATED), is_shipped=bool(flags & FLAG_SHIPPED),
+        profile_id=profile_id.hex(), layout=(layers, heads, dim_k, dim_v), num_tokens=tokens,
         lanes=lanes, prob_bits=prob_bits, body_bytes=body,
     )  # fmt: skip
     if info.decoded_bytes > MAX_DECODED_BYTES:

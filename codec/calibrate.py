@@ -233,7 +233,7 @@ def calibrate(
     chunk_tokens: int = 256,
     progress: Callable[[str, float], None] = lambda what, share: None,
 ) -> tuple[Profile, Report]:
-    """See the module's docstring. `loss` covers `samples`; `validate` gives promises from other documents (else the same)."""
+    """See the module's docstring. `loss` covers `samples`; `validate` (other documents) gives the promises."""
     if not samples:
         raise ValueError("calibration needs at least one sample")
     report = Report()
@@ -289,8 +289,10 @@ def _measure(
 
     def build(curve: Sequence[Mapping[str, Any]] = ()) -> Profile:
         return Profile(
-            fingerprint=fingerprint, layout=learned.layout, levels=tuple(levels), mean_k=learned.mean_k, mean_v=learned.mean_v,
-            needs_rope=learned.needs_rope, bits_per_value=bits, promise=promise, provenance=provenance, curve=tuple(curve),
+            fingerprint=fingerprint, layout=learned.layout, levels=tuple(levels),
+            mean_k=learned.mean_k, mean_v=learned.mean_v,
+            needs_rope=learned.needs_rope, bits_per_value=bits, promise=promise, provenance=provenance,
+            curve=tuple(curve),
         )  # fmt: skip
 
     draft = build()

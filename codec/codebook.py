@@ -12,7 +12,7 @@ from codec.entropy import NUM_SYMBOLS, CodeBook, normalize
 from kernels.rans_reference import CENTRE, ESCAPE
 
 ITERATIONS = 12
-TAIL_SHARE = 3e-4  # of a table's mass, spread over values next to those seen, so that a slightly new value is no escape
+TAIL_SHARE = 3e-4  # of a table's mass, spread next to the values seen, so that a new one is no escape
 TAIL_SYMBOLS = 3
 
 

@@ -59,7 +59,7 @@ class CodeBook:
 
 
 def symbol_cost(freqs: np.ndarray) -> np.ndarray:
-    """Cost [n, 256] float32 of each symbol, in 1/256 bit, whole numbers (so sums are exact and the same everywhere)."""
+    """Cost [n, 256] float32 of each symbol, in whole 1/256 bits, so that sums are exact everywhere."""
     bits = PROB_BITS - np.log2(np.maximum(freqs, 1).astype(np.float64))
     escape = bits[:, ESCAPE : ESCAPE + 1] + ESCAPE_EXTRA_BITS
     bits = np.where(freqs == 0, escape, bits)
@@ -114,7 +114,7 @@ def laplace_table(spread: float) -> np.ndarray:
 
 
 def exponent_table(peak: float) -> np.ndarray:
-    """Table of bf16 exponent bytes of a Gaussian whose standard deviation has exponent byte `peak` (may be fractional)."""
+    """Table of the bf16 exponent bytes of a Gaussian whose spread has exponent byte `peak` (may be fractional)."""
     e = np.arange(255, dtype=np.float64)
     low, high = 2.0 ** (e - peak), 2.0 ** (e + 1 - peak)
     density = np.exp(-0.5 * np.minimum(low, 40) ** 2) * np.minimum(high - low, 40)

@@ -1,4 +1,4 @@
-"""A profile: all that calibration found for one model, shared by both ends and named by its hash. Reads and writes one file.
+"""A profile: all that calibration found for one model, shared by both ends, named by its hash. Reads and writes a file.
 
 File, little-endian: magic "KVSP", version u16, then one msgpack map {"meta": {...}, "arrays": {name: [dtype, shape,
 zlib bytes]}}. Never pickle. The id is the first 32 hex digits of the SHA-256 of everything after the version.

@@ -19,7 +19,7 @@ from codec.errors import CodecError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RopeTable:
-    """cos, sin [T, R] (any array or CPU tensor): exactly the chunk's T positions, made by the model's own rotary module."""
+    """cos, sin [T, R] (any array or CPU tensor): the chunk's T positions, from the model's own rotary module."""
 
     cos: np.ndarray
     sin: np.ndarray
@@ -37,7 +37,7 @@ class RopeTable:
             and np.array_equal(self.sin[:, :half], self.sin[:, half:])
         ):
             raise CodecError(
-                "this RoPE does not pair channel d with d + R/2 (interleaved variants are not supported); pass rope=None"
+                "this RoPE does not pair channel d with d + R/2 (interleaved: not supported); pass rope=None"
             )
         if not np.isfinite(self.cos).all() or not np.isfinite(self.sin).all():
             raise CodecError("cos and sin must be finite")
@@ -67,7 +67,7 @@ class RopeTable:
 
 
 def rotate(x: np.ndarray, cos: np.ndarray, sin: np.ndarray) -> np.ndarray:
-    """Reference: x [T, D] float32, cos, sin [T, R/2] of forward() -> rotated, in the fast twins' order of operations."""
+    """Reference: x [T, D] float32, cos, sin [T, R/2] of forward() -> rotated, in the twins' order of operations."""
     half = cos.shape[1]
     out = x.copy()
     a, b = x[:, :half], x[:, half : 2 * half]

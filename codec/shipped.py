@@ -17,7 +17,7 @@ from kernels.rans_reference import CENTRE
 
 
 def measure_step(x: np.ndarray, mean: np.ndarray, factor: float) -> np.float32:
-    """factor times the median spread of the channels that move at all: an outlier channel must not set everyone's step."""
+    """factor times the median spread of the channels that move: one outlier channel must not set everyone's step."""
     spread = np.sqrt(np.square(x - mean, dtype=np.float64).mean(axis=0))
     moving = spread[spread > 0]
     typical = float(np.median(moving)) if moving.size else 1.0

@@ -43,8 +43,9 @@ def render(profile: Profile, report: Report, summary: Mapping[str, Any]) -> str:
         f"{summary['profile_bytes']} bytes.",
         "",
         "Every level was coded and decoded for real in chunks of 256 tokens, every byte counted, on documents that the "
-        "calibration did not see. `kl` (nats a token against the uncompressed KV), `delta_nll` and `greedy_agreement` are "
-        "over the answers' tokens of recall questions about the context; `text_*` are over tokens that continue plain text. "
+        "calibration did not see. `kl` (nats a token against the uncompressed KV), `delta_nll` and `greedy_agreement` "
+        "are over the answers' tokens of recall questions about the context; `text_*` are over tokens that continue "
+        "plain text. "
         f"`control` drops all KV but the last 64 tokens: where it costs little, the measure proves little. "
         f"{made.get('questions', '')} questions.",
         "",
@@ -66,15 +67,16 @@ def render(profile: Profile, report: Report, summary: Mapping[str, Any]) -> str:
         "",
         "## Anchor delta: where it won, and why",
         "",
-        f"At the middle level. Deltas are taken between quantized values, so distortion is equal and only bits count. On for "
-        f"{len(on)} of {len(report.delta)} (layer, K or V). A delta helps where tokens resemble their group's first one, that is "
-        "where `delta/spread` (rms difference of neighbours over rms spread) is well under 1; independent tokens have 1.41.",
+        "At the middle level. Deltas are taken between quantized values, so distortion is equal and only bits count. "
+        f"On for {len(on)} of {len(report.delta)} (layer, K or V). A delta helps where tokens resemble their group's "
+        "first one, that is where `delta/spread` (rms difference of neighbours over rms spread) is well under 1; "
+        "independent tokens have 1.41.",
         "",
         "| layer | K/V | plain bits | best delta bits | group | delta/spread | on |",
         "|---|---|---|---|---|---|---|",
         *(
-            f"| {r.layer} | {r.which} | {r.plain_bits:.3f} | {r.delta_bits:.3f} | {r.group} | {r.delta_over_spread:.2f} | "
-            f"{'yes' if r.is_on else 'no'} |"
+            f"| {r.layer} | {r.which} | {r.plain_bits:.3f} | {r.delta_bits:.3f} | {r.group} | "
+            f"{r.delta_over_spread:.2f} | {'yes' if r.is_on else 'no'} |"
             for r in report.delta
         ),
         "",

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from codec.chunk import decode_chunk, encode_chunk, inspect_blob
-from codec.errors import CodecError, RopeRequired, UnencodableTensor, UnknownLevel
+from codec.errors import CodecError, MalformedBlob, RopeRequired, UnencodableTensor, UnknownLevel
 from codec.levels import LevelKind
 from codec.profile import default_profile
 
@@ -18,7 +18,8 @@ DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
 @given(
     layers=st.integers(1, 3), tokens=st.sampled_from([1, 2, 15, 63, 64, 257]), heads=st.integers(1, 3),
-    dims=st.sampled_from([(64, 64), (128, 128), (80, 80), (192, 64), (5, 3)]), level=st.sampled_from(["raw", "lossless", "q1", "q2", "q3"]),
+    dims=st.sampled_from([(64, 64), (128, 128), (80, 80), (192, 64), (5, 3)]),
+    level=st.sampled_from(["raw", "lossless", "q1", "q2", "q3"]),
     calibrated=st.booleans(), with_rope=st.booleans(), dtype=st.sampled_from(DTYPES), seed=st.integers(0, 2**32 - 1),
 )  # fmt: skip
 @settings(max_examples=60)
@@ -168,5 +169,10 @@ def test_what_the_caller_gets_wrong() -> None:
     with pytest.raises(RopeRequired):
         decode_chunk(blob, profile=profile, rope=None)
     with pytest.raises(CodecError, match="out for V"):
-        decode_chunk(blob, profile=profile, rope=rope, out=(k, v[:, :5]))
+        decode_chunk(blob, profile=profile, rope=rope, out=(k, v[:, :, :, :5]))
+    for out in ((k, v[:, :5]), (k.float(), v.float())):
+        with pytest.raises(MalformedBlob, match="8 tokens of bfloat16"):
+            decode_chunk(blob, profile=profile, rope=rope, out=out)
+    with pytest.raises(MalformedBlob, match="8 tokens, 9 were expected"):
+        decode_chunk(blob, profile=profile, rope=make_rope(9, 64))
     assert len(blob) < MB
