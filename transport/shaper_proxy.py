@@ -14,11 +14,12 @@ import socket
 import time
 from collections import deque
 
-BURST_S = 0.01  # after idleness, and to make up for this process being late: this much of the rate ...
-MIN_BURST_BYTES, MAX_BURST_BYTES = 8 * 1024, 64 * 1024  # ... within these
-READ_BYTES = 64 * 1024  # the most that is read ahead of the bucket per connection and direction
+READ_BYTES = 64 * 1024  # held per connection and direction, unless READ_S at a fast rate is more
 UNLIMITED_READ_BYTES = 1024 * 1024
-READ_S = 0.004  # a read takes about this long on the link, so that a change of rate is felt at once
+READ_S = 0.004  # a read takes at most about this long on the link, so that a change of rate is felt at once
+BURST_S = 0.01  # after idleness, and to make up for this process being late
+MIN_BURST_BYTES, MAX_BURST_BYTES = 8 * 1024, 64 * 1024
+SHORTEST_SLEEP_S = 0.002  # shorter ones are saved up: the event loop's own clock ticks in milliseconds
 BUFFER_BYTES = 64 * 1024  # SO_SNDBUF and SO_RCVBUF; the kernel doubles it
 
 
@@ -43,7 +44,9 @@ class Bucket:
         if rate_bps == math.inf:
             self.free_at = now
             return 0.0
-        burst_bytes = min(MAX_BURST_BYTES, max(MIN_BURST_BYTES, rate_bps / 8 * BURST_S))
+        per_second = rate_bps / 8
+        most_bytes = max(MAX_BURST_BYTES, per_second * READ_S)
+        burst_bytes = min(most_bytes, max(MIN_BURST_BYTES, per_second * BURST_S))
         start = max(self.free_at, now - burst_bytes * 8 / rate_bps)
         self.free_at = start + num_bytes * 8 / rate_bps
         return max(0.0, self.free_at - now)
@@ -99,7 +102,7 @@ class Proxy:
             while True:
                 limited = self.rate_bps != math.inf
                 wanted = int(self.rate_bps / 8 * READ_S) if limited else UNLIMITED_READ_BYTES
-                size = max(1460, min(wanted, READ_BYTES)) if limited else wanted
+                size = max(1460, min(wanted, UNLIMITED_READ_BYTES))
                 count = await loop.sock_recv_into(source, buffer[:size])
                 if count == 0:
                     await line.drained()
@@ -107,7 +110,7 @@ class Proxy:
                 if limited:
                     async with self._turns[id(bucket)]:  # connections of one direction take turns
                         wait_s = bucket.reserve(count, self.rate_bps, time.monotonic())
-                        if wait_s > 0:
+                        if wait_s > SHORTEST_SLEEP_S:
                             await asyncio.sleep(wait_s)
                 else:
                     bucket.reserve(count, math.inf, time.monotonic())

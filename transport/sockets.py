@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import socket as pysocket
+import time
 from collections.abc import Callable
 
 import zmq
@@ -76,12 +77,16 @@ class Waker:
 
 
 def guarded(callback: Callable[[object], None], log: Callable[..., None]) -> Callable[[object], None]:
-    """An owner's callback that cannot kill the I/O thread."""
+    """An owner's callback that cannot kill the I/O thread, nor fill the log: one traceback a second at most."""
+    logged_at = float("-inf")
 
     def call(event: object) -> None:
+        nonlocal logged_at
         try:
             callback(event)
         except Exception:
-            log("on_event failed for %s", type(event).__name__, exc_info=True)
+            if time.monotonic() - logged_at >= 1.0:
+                logged_at = time.monotonic()
+                log("on_event failed for %s", type(event).__name__, exc_info=True)
 
     return call
