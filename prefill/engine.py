@@ -9,13 +9,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from kernels.attention import TILE_TOKENS
-from kernels.row_invariance import MULTIPLES, least_row_multiple
+from kernels.row_invariance import MULTIPLES, ROW_COUNTS, Product, cancelling_example, least_row_multiple
 from prefill.attention import PagedBatch, Span
 from prefill.block_allocator import BlockAllocator, blocks_for
 from prefill.kv_pool import KVPool
@@ -101,28 +100,25 @@ class ScheduleVariantWarning(UserWarning):
 
 
 def measured_row_multiple(model: LoadedModel) -> int:
-    """The least number of rows to pad to so that this machine's matrix products treat rows alike, measured with
-    the weights of the first layer, the output projection and the two products of attention. Some 0.1 s."""
-    generator = torch.Generator().manual_seed(0)
+    """The least number of rows to pad to so that this machine's matrix products treat rows alike, measured in the
+    shapes of the model's weights and of the two products of attention. Some 0.1 s for a small model."""
     layout, dtype, device = model.layout, model.layout.torch_dtype, model.device
+    examples = []
 
-    def example(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator).to(dtype).to(device)
+    def add(product: Product, depth: int, columns: int, batch: int | None = None) -> None:
+        left, right = cancelling_example(ROW_COUNTS[-1], depth, columns, dtype=dtype, batch=batch)
+        if product is nn.functional.linear:
+            left, right = left[None], right.t().contiguous()
+        examples.append((product, left.to(device), right.to(device)))
 
-    products = []
-    seen: set[tuple[int, ...]] = set()
-    for module in model.model.modules():
-        # Weights of one shape go the same way; wide ones are cut, as only the depth decides the order of sums.
-        if isinstance(module, nn.Linear) and module.weight.shape not in seen:
-            seen.add(tuple(module.weight.shape))
-            weight = module.weight[:4096]
-            products.append((partial(nn.functional.linear, weight=weight), example(1, 512, weight.shape[1])))
-    keys = example(layout.num_kv_heads, TILE_TOKENS, layout.head_dim_k).transpose(1, 2)
-    values = example(layout.num_kv_heads, TILE_TOKENS, layout.head_dim_v)
-    products.append((partial(torch.bmm, mat2=keys), example(layout.num_kv_heads, 512, layout.head_dim_k)))
-    products.append((partial(torch.bmm, mat2=values), example(layout.num_kv_heads, 512, TILE_TOKENS)))
+    linear = [module for module in model.model.modules() if isinstance(module, nn.Linear)]
+    # Wide weights are cut: columns are independent, and what matters is the depth of the sums.
+    for depth, columns in sorted({(m.in_features, min(m.out_features, 4096)) for m in linear}):
+        add(nn.functional.linear, depth, columns)
+    add(torch.bmm, layout.head_dim_k, TILE_TOKENS, layout.num_kv_heads)
+    add(torch.bmm, TILE_TOKENS, layout.head_dim_v, layout.num_kv_heads)
     with torch.inference_mode():
-        multiple = least_row_multiple(products)
+        multiple = least_row_multiple(examples)
     if multiple is None:
         warnings.warn(
             f"{device} sums the rows of a {layout.dtype} matrix product in an order that depends on how many there "

@@ -6,7 +6,7 @@ import pytest
 import torch
 from engine_models import random_engine, random_prompt
 
-from kernels.row_invariance import differing_row_counts, least_row_multiple
+from kernels.row_invariance import cancelling_example, differing_row_counts, least_row_multiple
 from prefill.block_allocator import BlockAllocator, blocks_for
 from prefill.engine import Engine, SequenceSlice, SliceInvalid, generate_greedy, prefill
 
@@ -120,12 +120,25 @@ def test_padding_to_a_row_multiple_changes_nothing(bf16, expected) -> None:
 
 
 def test_the_row_check_finds_a_product_that_cares() -> None:
-    rows = torch.ones(1, 128, 4)
-    fickle = lambda x: x * (2.0 if x.shape[-2] % 16 else 1.0)  # noqa: E731
-    assert differing_row_counts(fickle, rows, [1, 16, 17, 64]) == [1, 17]
-    assert least_row_multiple([(fickle, rows)]) == 16
-    assert least_row_multiple([(lambda x: x * x.shape[-2], rows)]) is None
-    assert least_row_multiple([(lambda x: x + 1, rows)]) == 1
+    left, right = torch.ones(1, 128, 4), torch.eye(4)
+
+    def fickle(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x @ y * (2.0 if x.shape[-2] % 16 else 1.0)
+
+    assert differing_row_counts(fickle, left, right, [1, 16, 17, 64]) == [1, 17]
+    assert least_row_multiple([(fickle, left, right)]) == 16
+    assert least_row_multiple([(lambda x, y: x @ y * x.shape[-2], left, right)]) is None
+    assert least_row_multiple([(lambda x, y: x + 1, left, right)]) == 1
+
+
+@pytest.mark.parametrize(("depth", "batch"), [(64, None), (255, 3)])
+def test_the_row_checks_examples_cancel_and_show_the_order(depth: int, batch: int | None) -> None:
+    left, right = cancelling_example(40, depth, 24, dtype=torch.float32, batch=batch)
+    assert left.shape[-2:] == (40, depth) and right.shape[-2:] == (depth, 24)
+    assert (left.double() @ right.double()).abs().max() < 1e-12
+    order = torch.randperm(depth, generator=torch.Generator().manual_seed(0))
+    same = (left @ right == left[..., order] @ right[..., order, :]).float().mean()
+    assert same < 0.5, "another order of the sums must be visible"
 
 
 @pytest.mark.parametrize(
