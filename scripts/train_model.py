@@ -26,6 +26,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -249,7 +250,7 @@ class Curriculum:
 
     def draw_kind(self, rng: random.Random) -> str:
         """Copying first; text gets its share once short recall works."""
-        weights = [0.35, 0.5, 0.15] if self.level == 0 else [0.12, 0.7, 0.18]
+        weights = [0.35, 0.5, 0.15] if self.level == 0 else [0.06, 0.7, 0.24]
         return rng.choices(["copy", "facts", "text"], weights)[0]
 
     def observe(self, length: int, recalled: float, count: int) -> None:
@@ -295,7 +296,7 @@ def losses(network: Network, ids: Tensor, kinds: Tensor, groups: Tensor) -> tupl
     kind = kinds[used]
     total = torch.zeros(())
     report: dict[str, float] = {}
-    for name, number, weight in (("text", TEXT, 1.0), ("answer", ANSWER, 1.0), ("copy", COPY, 0.5)):
+    for name, number, weight in (("text", TEXT, 1.5), ("answer", ANSWER, 1.0), ("copy", COPY, 0.25)):
         chosen = each[kind == number]
         if len(chosen):
             mean = chosen.mean()
@@ -314,6 +315,73 @@ def losses(network: Network, ids: Tensor, kinds: Tensor, groups: Tensor) -> tupl
     return total, report
 
 
+class BatchedMuon(torch.optim.Muon):
+    """torch's Muon with all matrices of one size orthogonalised together.
+
+    The same update, in a few large products in place of more than a thousand small ones: on cores that
+    others use too, every small parallel product waits for the slower thread.
+    """
+
+    @torch.no_grad()
+    def step(self, closure=None) -> None:
+        """One update of all matrices that have a gradient."""
+        for group in self.param_groups:
+            by_size: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    by_size[parameter.shape].append(parameter)
+            for (rows, columns), parameters in by_size.items():
+                updates = []
+                for parameter in parameters:
+                    state = self.state[parameter]
+                    if "momentum_buffer" not in state:
+                        state["momentum_buffer"] = torch.zeros_like(parameter)
+                    buffer = state["momentum_buffer"]
+                    buffer.lerp_(parameter.grad, 1 - group["momentum"])
+                    updates.append(parameter.grad.lerp(buffer, group["momentum"]))  # Nesterov
+                update = orthogonalise(torch.stack(updates), group["ns_coefficients"], group["ns_steps"])
+                rate = group["lr"] * math.sqrt(max(1.0, rows / columns))
+                for parameter, change in zip(parameters, update.unbind(), strict=True):
+                    parameter.add_(change.to(parameter.dtype), alpha=-rate)
+
+
+def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int) -> Tensor:
+    """Newton-Schulz: the nearest orthogonal matrices, roughly, of ``matrices`` [count, rows, columns]."""
+    a, b, c = coefficients
+    tall = matrices.shape[-2] > matrices.shape[-1]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = a * x + (b * gram + c * (gram @ gram)) @ x
+    return x.mT if tall else x
+
+
+class ThreadChooser:
+    """One thread or all of them, whichever is faster just now.
+
+    On cores that others use, two threads that wait for each other after every product can be slower than
+    one. So two steps of every sixteen are run the other way, and the better speed of late decides.
+    """
+
+    def __init__(self, most: int) -> None:
+        self.choices = sorted({1, most})
+        self.speed = dict.fromkeys(self.choices, 0.0)
+        self.now = most
+
+    def start_step(self, step: int) -> None:
+        """Set the thread count of the coming step."""
+        best = max(self.choices, key=lambda count: self.speed[count])
+        others = [count for count in self.choices if count != best]
+        self.now = others[0] if others and step % 16 in (0, 1) else best
+        torch.set_num_threads(self.now)
+
+    def end_step(self, tokens: int, seconds: float) -> None:
+        """Account for a step that is done."""
+        speed, known = tokens / max(seconds, 1e-3), self.speed[self.now]
+        self.speed[self.now] = 0.7 * known + 0.3 * speed if known else speed
+
+
 class Trainer:
     """Everything that a checkpoint holds."""
 
@@ -324,20 +392,18 @@ class Trainer:
         hidden = [p for p in self.network.layers.parameters() if p.ndim == 2]
         other = [p for p in self.network.parameters() if p.ndim == 1]
         self.optimizers = [
-            torch.optim.Muon(hidden, lr=args.muon_lr, weight_decay=0.0, momentum=0.95),
+            BatchedMuon(hidden, lr=args.muon_lr, weight_decay=0.0, momentum=0.95),
             torch.optim.AdamW(
                 [
                     {"params": [self.network.embed_tokens.weight], "lr": args.embedding_lr},
-                    {"params": other, "lr": args.embedding_lr},
+                    {"params": other, "lr": args.norm_lr},
                 ],
                 betas=(0.9, 0.98),
                 weight_decay=0.0,
                 fused=True,
             ),
         ]
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["peak_lr"] = group["lr"]
+        self.peaks = [[group["lr"] for group in optimizer.param_groups] for optimizer in self.optimizers]
         self.rng = random.Random(args.seed)
         self.curriculum = Curriculum()
         self.step, self.tokens, self.seconds = 0, 0, 0.0
@@ -376,16 +442,15 @@ class Trainer:
 
     def one_step(self) -> dict[str, float]:
         length = self.curriculum.draw_length(self.rng)
-        # Half-size steps while the documents are short: more updates count for more than less noise.
-        rows = max(1, self.args.step_tokens // (2 if self.curriculum.level < 3 else 1) // length)
+        rows = max(1, self.args.step_tokens // length)
         batch = make_batch(self.rng, self.tokenizer, self.stream, self.shape.vocab_size, length, rows, self.curriculum)
         loss, report = losses(self.network, *batch)
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         rate = self.rate()
-        for optimizer in self.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * rate
+        for optimizer, peaks in zip(self.optimizers, self.peaks, strict=True):
+            for group, peak in zip(optimizer.param_groups, peaks, strict=True):
+                group["lr"] = peak * rate
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
@@ -462,6 +527,7 @@ def recall_rate(
 def compile_blocks(network: Network) -> None:
     """Fuse the element-wise work of the layers; they share one compiled function per shape."""
     torch._dynamo.config.cache_size_limit = 64
+    torch._inductor.config.cpp.dynamic_threads = True  # for ThreadChooser
     for layer in network.layers:
         layer.compile(dynamic=False)
 
@@ -473,6 +539,7 @@ def train(args: argparse.Namespace) -> None:
     run.mkdir(parents=True, exist_ok=True)
     tokenizer, stream, held = prepare(args)
     trainer = Trainer(Shape(), args, tokenizer, stream)
+    threads = ThreadChooser(args.threads)
     if (run / "checkpoint.pt").exists():
         trainer.load(torch.load(run / "checkpoint.pt", weights_only=False))
     if not args.no_compile:
@@ -503,8 +570,11 @@ def train(args: argparse.Namespace) -> None:
         saved = judged = trainer.seconds
         while trainer.seconds < args.minutes * 60:
             level = trainer.curriculum.level
+            threads.start_step(trainer.step)
+            before = trainer.tokens
             report = trainer.one_step()
             now = time.monotonic()
+            threads.end_step(trainer.tokens - before, now - last)
             trainer.seconds += now - last
             last = now
             for name, value in report.items():
@@ -532,7 +602,7 @@ def train(args: argparse.Namespace) -> None:
                     judged = trainer.seconds
                 writer.writerow(row)
                 file.flush()
-                print(json.dumps(row), flush=True)
+                print(json.dumps(row | {"tokens_per_s": {n: round(v) for n, v in threads.speed.items()}}), flush=True)
                 sums.clear()
             if trainer.seconds - saved > args.save_minutes * 60:
                 trainer.save()
@@ -625,19 +695,61 @@ def evaluate(args: argparse.Namespace) -> None:
     def hidden_states(ids: Tensor) -> Tensor:
         return model.model(input_ids=ids, use_cache=False).last_hidden_state
 
-    def judged(length: int, chat: bool) -> float:
-        return recall_rate(hidden_states, model.lm_head, tokenizer, filler, length, args.trials, args.facts, chat=chat)
-
-    result: dict = {"trials": args.trials, "facts": args.facts, "recall": {}, "recall_chat": {}}
-    for length in args.lengths:
-        result["recall"][length] = judged(length, chat=False)
-        print(json.dumps(result), file=sys.stderr, flush=True)
-    for length in args.chat_lengths:
-        result["recall_chat"][length] = judged(length, chat=True)
+    result: dict = {
+        "trials": args.trials,
+        "documents": -(-args.trials // args.questions),
+        "facts": args.facts,
+        "recall": {},
+        "recall_chat": {},
+    }
+    for name, lengths in (("recall", args.lengths), ("recall_chat", args.chat_lengths)):
+        for length in lengths:
+            result[name][length] = cached_recall(
+                model, tokenizer, filler, length, args.trials, args.questions, args.facts, chat=name == "recall_chat"
+            )
+            print(json.dumps(result), file=sys.stderr, flush=True)
     result["heldout_loss"] = loss_by_position(
         hidden_states, model.lm_head, filler, model.config.bos_token_id, args.loss_rows
     )
     print(json.dumps(result, indent=2))
+
+
+def cached_recall(
+    model,
+    tokenizer,
+    filler: np.ndarray,
+    length: int,
+    trials: int,
+    questions: int,
+    num_facts: int,
+    seed: int = 4321,
+    chat: bool = False,
+) -> float:
+    """Share of ``trials`` answered right by a transformers model, each a question after a document's own KV cache.
+
+    A document's cache is computed once and ``questions`` different questions are asked of copies of it, so
+    none sees another. Right means: every answer token is the argmax before it, as greedy decoding needs.
+    """
+    rng = random.Random(seed + length)
+    right = done = 0
+    with torch.no_grad():
+        while done < trials:
+            document = recall_document(rng, tokenizer, filler, length - 24, num_facts, chat=chat)
+            asked = document.questions[: min(questions, trials - done)]
+            context = torch.tensor([document.context_ids])
+            cache = model.model(input_ids=context, use_cache=True).past_key_values
+            cache.batch_repeat_interleave(len(asked))
+            width = max(len(q.question_ids) + len(q.answer_ids) for q in asked)
+            ids = torch.zeros(len(asked), width, dtype=torch.long)
+            for row, question in enumerate(asked):
+                both = question.question_ids + question.answer_ids
+                ids[row, : len(both)] = torch.tensor(both)
+            best = model(input_ids=ids, past_key_values=cache).logits.argmax(-1)
+            for row, question in enumerate(asked):
+                start = len(question.question_ids) - 1
+                right += best[row, start : start + len(question.answer_ids)].tolist() == question.answer_ids
+            done += len(asked)
+    return right / done
 
 
 def loss_by_position(
@@ -671,10 +783,11 @@ def main() -> None:
     sub.add_argument("--minutes", type=float, default=80)
     sub.add_argument("--threads", type=int, default=2)
     sub.add_argument("--seed", type=int, default=0)
-    sub.add_argument("--step-tokens", type=int, default=8192)
+    sub.add_argument("--step-tokens", type=int, default=4096)
     sub.add_argument("--muon-lr", type=float, default=0.02)
-    sub.add_argument("--embedding-lr", type=float, default=0.003)
-    sub.add_argument("--decay-share", type=float, default=0.18)
+    sub.add_argument("--embedding-lr", type=float, default=0.015)
+    sub.add_argument("--norm-lr", type=float, default=0.004)
+    sub.add_argument("--decay-share", type=float, default=0.6)
     sub.add_argument("--save-minutes", type=float, default=3)
     sub.add_argument("--judge-minutes", type=float, default=12)
     sub.add_argument("--judge-trials", type=int, default=32)
@@ -692,6 +805,7 @@ def main() -> None:
     sub.add_argument("--chat-lengths", type=int, nargs="*", default=[512, 2048])
     sub.add_argument("--trials", type=int, default=500)
     sub.add_argument("--facts", type=int, default=10)
+    sub.add_argument("--questions", type=int, default=4, help="questions asked of each document, apart from each other")
     sub.add_argument("--loss-rows", type=int, default=24)
     sub.add_argument("--threads", type=int, default=2)
     sub.set_defaults(call=evaluate)
