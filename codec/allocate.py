@@ -17,7 +17,7 @@ from codec.codebook import entropy_bits
 from codec.entropy import histogram
 from codec.quantize import round_to_bf16
 
-GRID = 2.0 ** (np.arange(-18, 11) / 4)  # steps in units of a tensor's rms spread: 1/23 to 5.7
+GRID = 2.0 ** (np.arange(-20, 11) / 4)  # steps in units of a tensor's rms spread: 1/32 to 5.7
 MAX_RATE_TOKENS = 3000
 MIN_SENSITIVITY_SHARE = (
     0.03  # of the median: nothing is declared free because a probe happened not to touch it
@@ -50,11 +50,12 @@ def measure_rates(tensors: list[np.ndarray]) -> RateTable:
 
 def sensitivities(kl: np.ndarray, distortion: np.ndarray) -> np.ndarray:
     """KL [M] that each tensor's probe cost, over the squared error [M] of that probe; floored, never zero."""
-    raw = np.maximum(kl, 0) / np.maximum(distortion, 1e-30)
+    raw: np.ndarray = np.maximum(kl, 0) / np.maximum(distortion, 1e-30)
     # The floor is relative to what an error of the tensor's own size would cost, so that scale plays no part.
     effect = raw * distortion
     floor = MIN_SENSITIVITY_SHARE * max(float(np.median(effect)), 1e-9)
-    return np.maximum(effect, floor) / np.maximum(distortion, 1e-30)
+    sensitivity: np.ndarray = np.maximum(effect, floor) / np.maximum(distortion, 1e-30)
+    return sensitivity
 
 
 def allocate(table: RateTable, sensitivity: np.ndarray, target_rate: float) -> np.ndarray:

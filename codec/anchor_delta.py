@@ -17,7 +17,7 @@ def take_deltas(q: np.ndarray, group: int) -> np.ndarray:
     if group == 0:
         return q.copy()
     anchor = np.arange(q.shape[0]) // group * group
-    out = q - q[anchor]
+    out: np.ndarray = q - q[anchor]
     out[::group] = q[::group]
     return out
 
@@ -27,6 +27,6 @@ def add_anchors(delta: np.ndarray, group: int) -> np.ndarray:
     if group == 0:
         return delta.copy()
     anchor = np.arange(delta.shape[0]) // group * group
-    out = delta + delta[anchor]
+    out: np.ndarray = delta + delta[anchor]
     out[::group] = delta[::group]
     return out

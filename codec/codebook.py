@@ -32,7 +32,7 @@ def float_cost(tables: np.ndarray) -> np.ndarray:
     """Bits [n, 256] of each symbol under weights [n, 256]; unseen symbols cost an escape."""
     share = tables / tables.sum(axis=1, keepdims=True)
     escape = -np.log2(np.maximum(share[:, ESCAPE : ESCAPE + 1], 1 / 4096)) + 32
-    bits = np.where(share > 1e-5, -np.log2(np.maximum(share, 1 / 4096)), escape)
+    bits: np.ndarray = np.where(share > 1e-5, -np.log2(np.maximum(share, 1 / 4096)), escape)
     bits[:, ESCAPE] = escape[:, 0]
     return bits
 
@@ -65,7 +65,8 @@ def learn_codebook(histograms: np.ndarray, num_tables: int) -> tuple[CodeBook, n
 
 def table_cost_bits(histograms: np.ndarray, book: CodeBook, index: np.ndarray) -> np.ndarray:
     """Bits [M] that the codebook spends on each channel's histogram."""
-    return (histograms * book.cost[index]).sum(axis=1) / 256
+    bits: np.ndarray = (histograms * book.cost[index]).sum(axis=1) / 256
+    return bits
 
 
 def entropy_bits(histograms: np.ndarray) -> np.ndarray:

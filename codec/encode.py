@@ -48,6 +48,7 @@ def encode_chunk(
     magnitudes at a lossy level, wrong shape or dtype), UnknownLevel, RopeRequired.
     """
     spec = profile.level(level)
+    k, v = k.detach(), v.detach()
     dtype = _check_tensors(k, v, profile)
     num_tokens = k.shape[1]
     kind = spec.kind
@@ -55,7 +56,7 @@ def encode_chunk(
         kind = LevelKind.RAW  # its 5-bit exponents save too little to be worth a format; exact all the same
     is_unrotated = kind is LevelKind.QUANTIZED and check_rope(rope, num_tokens, profile)
     if kind is LevelKind.RAW:
-        parts = [_plain_bytes(k), _plain_bytes(v)]
+        parts: list[memoryview | bytes] = [_plain_bytes(k), _plain_bytes(v)]
     else:
         coder = BACKENDS[backend]
         halves = []
@@ -67,7 +68,7 @@ def encode_chunk(
                 table = rope if which == "K" and is_unrotated else None
                 halves.append(_encode_quantized(coder, which, tensor, spec, plan, mean, table))
         directory = b"".join(bitstream.pack_directory(words, escapes) for _, words, escapes in halves)
-        parts = [directory, *(memoryview(payload).cast("B") for payload, _, _ in halves)]
+        parts = [directory, *(payload.data.cast("B") for payload, _, _ in halves)]
     info = BlobInfo(
         level=level, kind=kind, dtype=dtype, is_unrotated=is_unrotated,
         is_shipped=kind is not LevelKind.RAW and spec.is_shipped, profile_id=profile.id, layout=layout_of(profile),

@@ -64,7 +64,8 @@ def symbol_cost(freqs: np.ndarray) -> np.ndarray:
     escape = bits[:, ESCAPE : ESCAPE + 1] + ESCAPE_EXTRA_BITS
     bits = np.where(freqs == 0, escape, bits)
     bits[:, ESCAPE] = escape[:, 0]
-    return np.rint(bits * 256).astype(np.float32)
+    cost: np.ndarray = np.rint(bits * 256).astype(np.float32)
+    return cost
 
 
 def normalize(counts: np.ndarray, *, min_share: float = 1e-5) -> np.ndarray:

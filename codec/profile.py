@@ -168,7 +168,8 @@ def _body(profile: Profile) -> bytes:
         ]
         for name, a in arrays.items()
     }
-    return msgpack.packb({"meta": meta, "arrays": packed})
+    body: bytes = msgpack.packb({"meta": meta, "arrays": packed})
+    return body
 
 
 def load_profile(path: str | Path) -> Profile:

@@ -37,9 +37,11 @@ def quantize(x: np.ndarray, mean: np.ndarray, inv_step: np.float32) -> np.ndarra
         y = np.rint((x - mean) * inv_step)
     if not bool((np.abs(y) <= MAX_MAGNITUDE).all()):  # also False for NaN
         return None
-    return y.astype(np.int32)
+    q: np.ndarray = y.astype(np.int32)
+    return q
 
 
 def dequantize(q: np.ndarray, mean: np.ndarray, step: np.float32) -> np.ndarray:
     """int32 [T, D] -> float32 [T, D]."""
-    return q.astype(np.float32) * step + mean
+    x: np.ndarray = q.astype(np.float32) * step + mean
+    return x

@@ -56,8 +56,21 @@ def _write(out: Array, at: int, values: list[int]) -> int:
 
 
 def encode_quantized(
-    src, src_pos, stride_t, icos, isin, mean, inv_step, group, index, side, fs, out, seg_words, seg_escapes
-):  # type: ignore[no-untyped-def]
+    src: Array,
+    src_pos: Array,
+    stride_t: int,
+    icos: Array,
+    isin: Array,
+    mean: Array,
+    inv_step: Array,
+    group: Array,
+    index: Array,
+    side: Array,
+    fs: Array,
+    out: Array,
+    seg_words: Array,
+    seg_escapes: Array,
+) -> tuple[int, int, int]:
     at = 0
     for s in range(len(src_pos)):
         x = bf16_to_float(_rows(src, src_pos[s], stride_t, icos.shape[0], mean.shape[1]))
@@ -71,8 +84,21 @@ def encode_quantized(
 
 
 def decode_quantized(
-    words, seg_pos, seg_words, seg_escapes, lut, index, group, step, mean, cos, sin, out, out_pos, stride_t
-):  # type: ignore[no-untyped-def]
+    words: Array,
+    seg_pos: Array,
+    seg_words: Array,
+    seg_escapes: Array,
+    lut: Array,
+    index: Array,
+    group: Array,
+    step: Array,
+    mean: Array,
+    cos: Array,
+    sin: Array,
+    out: Array,
+    out_pos: Array,
+    stride_t: int,
+) -> tuple[int, int]:
     tables = _tables_of_slots(lut)
     shape = (cos.shape[0], mean.shape[1])
     for s in range(len(seg_pos)):
@@ -88,8 +114,19 @@ def decode_quantized(
 
 
 def encode_lossless(
-    src, src_pos, stride_t, num_tokens, index, side, gap, fs, out, out_bytes, seg_words, seg_escapes
-):  # type: ignore[no-untyped-def]
+    src: Array,
+    src_pos: Array,
+    stride_t: int,
+    num_tokens: int,
+    index: Array,
+    side: Array,
+    gap: int,
+    fs: Array,
+    out: Array,
+    out_bytes: Array,
+    seg_words: Array,
+    seg_escapes: Array,
+) -> tuple[int, int, int]:
     at = 0
     num_dims = index.shape[2]
     for s in range(len(src_pos)):
@@ -106,8 +143,18 @@ def encode_lossless(
 
 
 def decode_lossless(
-    words, payload, seg_pos, seg_words, seg_escapes, lut, index, out, out_pos, stride_t, num_tokens
-):  # type: ignore[no-untyped-def]
+    words: Array,
+    payload: Array,
+    seg_pos: Array,
+    seg_words: Array,
+    seg_escapes: Array,
+    lut: Array,
+    index: Array,
+    out: Array,
+    out_pos: Array,
+    stride_t: int,
+    num_tokens: int,
+) -> tuple[int, int]:
     tables = _tables_of_slots(lut)
     num_dims = index.shape[2]
     for s in range(len(seg_pos)):
