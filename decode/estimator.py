@@ -6,9 +6,10 @@ all requests of a worker, so that a new request starts from what the last one sa
 
 from __future__ import annotations
 
-# Older observations lose half their weight after this much time *spent receiving*. Short, because a link that drops
-# tenfold in mid-transfer has to be noticed within a few parts; long enough to average over the bursts of a shaper.
-LINK_HALF_LIFE_S = 0.15
+# Older observations lose half their weight after this many bytes. Counting bytes and not seconds makes the estimate
+# quick where it matters: on a link that drops, one slow part outweighs all fast ones before it by its own seconds.
+# On fast links 20 ms worth of parts average out the hiccups of busy cores.
+HALF_LIFE_S, MIN_HALF_LIFE_BYTES, MAX_HALF_LIFE_BYTES = 0.02, 256 * 1024, 1024 * 1024
 # Planning against a little less than the mean keeps a jittery link from breaking the promise.
 LINK_MARGIN = 0.92
 
@@ -22,9 +23,9 @@ class LinkEstimator:
     """
 
     def __init__(self, prior_bytes_per_s: float = 50e6, prior_latency_s: float = 0.005) -> None:
-        # The prior weighs as much as 10 ms of receiving: enough for a first plan, gone after the first chunk.
-        self._seconds = 0.01
-        self._bytes = prior_bytes_per_s * self._seconds
+        # The prior weighs as much as one large part: enough for a first plan, gone after the first chunk.
+        self._bytes = float(MIN_HALF_LIFE_BYTES)
+        self._seconds = self._bytes / prior_bytes_per_s
         self._latency_s = prior_latency_s
         self._last_part_bytes = 64 * 1024
         self.sharing = 0
@@ -36,7 +37,8 @@ class LinkEstimator:
     def on_part(self, part_bytes: int, wire_s: float) -> None:
         """A part arrived that took `wire_s` on the wire."""
         wire_s = max(wire_s, 1e-7)
-        keep = 0.5 ** (wire_s / LINK_HALF_LIFE_S)
+        half_life_bytes = HALF_LIFE_S * self._bytes / self._seconds
+        keep = 0.5 ** (part_bytes / min(max(half_life_bytes, MIN_HALF_LIFE_BYTES), MAX_HALF_LIFE_BYTES))
         self._seconds = self._seconds * keep + wire_s
         self._bytes = self._bytes * keep + part_bytes
         self._last_part_bytes = max(part_bytes, 1)

@@ -18,7 +18,7 @@ from enum import Enum
 from typing import Any
 
 from decode.estimator import CodecEstimator, ComputeEstimator, LinkEstimator
-from decode.plan import Outlook, Plan, choose
+from decode.plan import REASK, Outlook, Plan, choose
 
 TEXT = "text"  # how a computed chunk is named among the levels
 
@@ -347,8 +347,7 @@ class FillMachine:
             source_s = self._chunk_compute_s(first, len(missing) + len(asked))
         return Outlook(
             num_missing=len(missing) + len(standing),
-            num_in_flight=len(in_flight),
-            in_flight_bytes=sum(self.chunks[index].left_bytes for index in in_flight),
+            in_flight_bytes=[self.chunks[index].left_bytes for index in in_flight],
             chunk_bytes=self._chunk_bytes,
             bytes_per_s=self._rate(now) if self._may_load else 0.0,
             latency_s=self._latency_s(asked, now),
@@ -393,9 +392,16 @@ class FillMachine:
         commands: list[Command] = []
         asked = self._in(ChunkState.ASKED)
         standing = self._standing(asked)
-        for index in standing:
-            if self.chunks[index].asked_levels[-1] != plan.level:
+        for index in asked:
+            if self.chunks[index].asked_levels[-1] == plan.level:
+                continue
+            if index in standing:
                 commands.append(self._ask(index, plan.level))
+            elif self.chunks[index].left_bytes > REASK * self._chunk_bytes[plan.level]:
+                # The link has become so slow that beginning again at the coarser level is faster than going on.
+                self._note(now, f"chunk {index}: given up at {self.chunks[index].asked_levels[-1]}, asked for anew")
+                self.chunks[index].first_part_at = None
+                commands += [Withdraw(chunk=index), self._ask(index, plan.level)]
         missing = self._in(ChunkState.MISSING)
         wanted = sorted([*missing, *standing])[plan.compute_chunks :]
         to_load = [index for index in (wanted if self.live else wanted[::-1]) if index not in standing]

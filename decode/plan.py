@@ -14,14 +14,16 @@ from dataclasses import dataclass
 COMPUTE_MUST_GAIN = 0.05
 # Two predictions closer than this are the same; the better quality wins.
 SAME_TIME = 0.02
+# What is left of a chunk on its way may be so many times its whole size at the planned level before it is given up.
+REASK = 1.5
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outlook:
     """All that the choice depends on besides the policy. Times in seconds, rates in bytes a second.
 
-    num_missing: chunks neither filled, being decoded, computed nor asked for; they form a range after the frontier.
-    in_flight_bytes: bytes still to come of the num_in_flight chunks that were asked for.
+    num_missing: chunks neither filled, being decoded, computed nor on their way; they form a range after the frontier.
+    in_flight_bytes: what is still to come of each chunk that is on its way.
     chunk_bytes: predicted size of one chunk, by level.
     bytes_per_s, latency_s: the link as observed; 0 bytes a second when there is no source.
     decode_s: seconds to decode one chunk, by level.
@@ -33,8 +35,7 @@ class Outlook:
     """
 
     num_missing: int
-    num_in_flight: int
-    in_flight_bytes: float
+    in_flight_bytes: Sequence[float]
     chunk_bytes: Mapping[str, float]
     bytes_per_s: float
     latency_s: float
@@ -97,7 +98,7 @@ def _fastest(levels: Sequence[str], outlook: Outlook, can_load: bool) -> Plan:
 
 def _finish_s(outlook: Outlook, level: str, count: int) -> float:
     """When the last chunk is in place if the first `count` are computed and the others come at `level`."""
-    num_chunks = outlook.num_missing + outlook.num_in_flight
+    num_chunks = outlook.num_missing + len(outlook.in_flight_bytes)
     compute_s = outlook.busy_s
     if count > 0:
         assert outlook.compute_s is not None
@@ -107,8 +108,10 @@ def _finish_s(outlook: Outlook, level: str, count: int) -> float:
     if outlook.bytes_per_s <= 0:
         return float("inf")
     num_asked = max(outlook.num_missing - count, 0)
-    in_flight_share = min(1.0, (num_chunks - count) / max(outlook.num_in_flight, 1))
-    wire_bytes = num_asked * outlook.chunk_bytes[level] + outlook.in_flight_bytes * in_flight_share
+    size = outlook.chunk_bytes[level]
+    # A chunk on its way that is far larger than it would be at this level is asked for anew (see REASK).
+    left = [min(left_bytes, REASK * size) for left_bytes in outlook.in_flight_bytes[: num_chunks - count]]
+    wire_bytes = num_asked * size + sum(left)
     wire_s = outlook.latency_s + wire_bytes / outlook.bytes_per_s
     # Decoding is a stage of its own beside the wire: the slower stage sets the pace, the last chunk passes both.
     decode_one_s = outlook.decode_s(level)
@@ -118,7 +121,7 @@ def _finish_s(outlook: Outlook, level: str, count: int) -> float:
 
 def _meeting_point(outlook: Outlook, level: str) -> int:
     """The count that finishes first. Computing more takes longer, loading fewer takes less: bisect the crossing."""
-    num_chunks = outlook.num_missing + outlook.num_in_flight
+    num_chunks = outlook.num_missing + len(outlook.in_flight_bytes)
     if outlook.live or outlook.bytes_per_s <= 0:
         return num_chunks
     assert outlook.compute_s is not None

@@ -50,6 +50,14 @@ def test_a_link_that_drops_tenfold_changes_level_and_recomputes() -> None:
     assert world.now < 1.3
 
 
+def test_a_large_chunk_on_a_link_that_became_slow_is_asked_for_anew() -> None:
+    world = World(rate=lambda now: (400 if now < 0.1 else 8) * MBIT, ttft_s=0.7, may_compute=False)
+    machine = world.run()
+    assert any("asked for anew" in reason for _, reason in machine.reasons)
+    # 8 Mbit/s bring a coarsest chunk in 0.11 s; sticking to the raw chunk on its way would take 1.5 s alone.
+    assert world.now < 2.0
+
+
 def test_a_link_that_dies_is_finished_by_computing() -> None:
     world = World(rate=lambda now: 50 * MBIT if now < 0.3 else 0.0, ttft_s=0.6)
     machine = world.run()

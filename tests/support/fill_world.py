@@ -142,6 +142,7 @@ class World:
             end += step
             if end > self.now + 60:
                 break
+        self.part_began = self.now + extra_s
         self._at(end - self.now, "part")
 
     def _part_sent(self) -> None:
@@ -152,7 +153,14 @@ class World:
         sent += part
         self.sent_bytes += part
         total = SIZES[level]
-        arrived = PartArrived(chunk=chunk, level=level, received_bytes=sent, total_bytes=total, part_bytes=part)
+        arrived = PartArrived(
+            chunk=chunk,
+            level=level,
+            received_bytes=sent,
+            total_bytes=total,
+            part_bytes=part,
+            wire_s=self.now - self.part_began,
+        )
         if sent == total:
             self.sending = None
             self._send_next()
