@@ -17,8 +17,10 @@ from collections import deque
 READ_BYTES = 64 * 1024  # held per connection and direction, unless READ_S at a fast rate is more
 UNLIMITED_READ_BYTES = 1024 * 1024
 READ_S = 0.004  # a read takes at most about this long on the link, so that a change of rate is felt at once
-BURST_S = 0.01  # after idleness, and to make up for this process being late
-MIN_BURST_BYTES, MAX_BURST_BYTES = 8 * 1024, 64 * 1024
+BURST_S = 0.002  # after idleness: next to nothing, so that a small blob does not seem to meet a faster link
+LATE_S = 0.05  # while data waits: what a busy processor may cost this process before the rate suffers
+MIN_BURST_BYTES, MAX_BURST_BYTES = 3 * 1024, 64 * 1024
+WAITING_S = 0.0005  # a read that took less found its data there
 SHORTEST_SLEEP_S = 0.002  # shorter ones are saved up: the event loop's own clock ticks in milliseconds
 BUFFER_BYTES = 64 * 1024  # SO_SNDBUF and SO_RCVBUF; the kernel doubles it
 
@@ -38,16 +40,17 @@ class Bucket:
         self.free_at = 0.0
         self.carried_bytes = 0
 
-    def reserve(self, num_bytes: int, rate_bps: float, now: float) -> float:
-        """Seconds to wait before these bytes may go on."""
+    def reserve(self, num_bytes: int, rate_bps: float, now: float, *, waiting: bool = False) -> float:
+        """Seconds to wait before these bytes may go on. `waiting`: they lay there already, so the link was not idle
+        and time that has passed since it was free is ours to catch up."""
         self.carried_bytes += num_bytes
         if rate_bps == math.inf:
             self.free_at = now
             return 0.0
         per_second = rate_bps / 8
-        most_bytes = max(MAX_BURST_BYTES, per_second * READ_S)
-        burst_bytes = min(most_bytes, max(MIN_BURST_BYTES, per_second * BURST_S))
-        start = max(self.free_at, now - burst_bytes * 8 / rate_bps)
+        burst_bytes = min(MAX_BURST_BYTES, max(MIN_BURST_BYTES, per_second * BURST_S))
+        allowance_s = max(LATE_S if waiting else 0.0, burst_bytes / per_second)
+        start = max(self.free_at, now - allowance_s)
         self.free_at = start + num_bytes * 8 / rate_bps
         return max(0.0, self.free_at - now)
 
@@ -98,18 +101,21 @@ class Proxy:
         loop = asyncio.get_running_loop()
         buffer = memoryview(bytearray(UNLIMITED_READ_BYTES))
         line = DelayLine(loop, sink)
+        bucket.free_at = max(bucket.free_at, time.monotonic())  # what came before the connection is no lateness
         try:
             while True:
                 limited = self.rate_bps != math.inf
                 wanted = int(self.rate_bps / 8 * READ_S) if limited else UNLIMITED_READ_BYTES
                 size = max(1460, min(wanted, UNLIMITED_READ_BYTES))
+                asked_at = time.monotonic()
                 count = await loop.sock_recv_into(source, buffer[:size])
+                waiting = time.monotonic() - asked_at < WAITING_S
                 if count == 0:
                     await line.drained()
                     return
                 if limited:
                     async with self._turns[id(bucket)]:  # connections of one direction take turns
-                        wait_s = bucket.reserve(count, self.rate_bps, time.monotonic())
+                        wait_s = bucket.reserve(count, self.rate_bps, time.monotonic(), waiting=waiting)
                         if wait_s > SHORTEST_SLEEP_S:
                             await asyncio.sleep(wait_s)
                 else:

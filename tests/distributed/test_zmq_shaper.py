@@ -154,6 +154,11 @@ def test_bad_settings() -> None:
 
 def test_bucket_arithmetic() -> None:
     bucket = Bucket()
-    waits = [bucket.reserve(10_000, 8e6, now=100.0) for _ in range(10)]  # 1 MB/s: 10 ms each, 10 ms burst
-    assert waits == pytest.approx([0.0, *(0.01 * n for n in range(1, 10))], abs=1e-6)
+    waits = [bucket.reserve(10_000, 80e6, now=100.0) for _ in range(10)]  # 10 MB/s: 1 ms each, 2 ms burst
+    assert waits == pytest.approx([0.0, 0.0, *(0.001 * n for n in range(1, 9))], abs=1e-6)
+    # Late by 40 ms with data waiting: caught up. Idle for as long: only the burst.
+    assert bucket.reserve(10_000, 80e6, now=100.04, waiting=True) == 0
+    assert bucket.free_at == pytest.approx(100.009)
+    assert bucket.reserve(10_000, 80e6, now=100.05) == 0
+    assert bucket.free_at == pytest.approx(100.049)
     assert bucket.reserve(10_000, math.inf, now=100.0) == 0
