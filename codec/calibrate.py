@@ -88,7 +88,8 @@ class _Learned:
     def steps(self, choice: np.ndarray) -> np.ndarray:
         """[2, L, H] float32."""
         lay = self.layout
-        return self.rates.step[np.arange(len(choice)), choice].reshape(2, lay.num_layers, lay.num_kv_heads)
+        chosen: np.ndarray = self.rates.step[np.arange(len(choice)), choice]
+        return chosen.reshape(2, lay.num_layers, lay.num_kv_heads)
 
 
 def _plain(sample: Sample, which: int, layer: int, head: int) -> np.ndarray:

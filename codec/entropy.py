@@ -24,13 +24,15 @@ class CodeBook:
     """freqs [n, 256] uint16 -> what the coders read.
 
     lut [n << 12] uint32, for decoding: slot -> symbol << 24 | frequency << 12 | slot - start.
-    fs [n * 256] uint32, for encoding: symbol -> frequency << 16 | start. cost: see symbol_cost.
+    fs [n * 256] uint32, for encoding: symbol -> frequency << 16 | start.
+    cost [n, 256]: see symbol_cost; cost_of_symbol [256, n] is the same, turned.
     """
 
     freqs: np.ndarray
     lut: np.ndarray = field(init=False)
     fs: np.ndarray = field(init=False)
     cost: np.ndarray = field(init=False)
+    cost_of_symbol: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
         freqs = np.ascontiguousarray(self.freqs, np.uint16)
@@ -51,7 +53,9 @@ class CodeBook:
         object.__setattr__(
             self, "fs", np.ascontiguousarray(((wide << 16) | starts).astype(np.uint32).ravel())
         )
-        object.__setattr__(self, "cost", symbol_cost(freqs))
+        cost = symbol_cost(freqs)
+        object.__setattr__(self, "cost", cost)
+        object.__setattr__(self, "cost_of_symbol", np.ascontiguousarray(cost.T))
 
     @property
     def num_tables(self) -> int:

@@ -33,7 +33,7 @@ def measure(x: np.ndarray, factor: float, book: CodeBook) -> tuple[np.ndarray, n
     q = quantize(x, mean, np.float32(1) / step)
     index = np.zeros(x.shape[1], np.uint8)
     if q is not None:  # else the coder refuses the segment in a moment
-        choose_tables(q.ravel(), x.shape[0], x.shape[1], book.cost, index)
+        choose_tables(q.ravel(), x.shape[0], x.shape[1], book.cost_of_symbol, index)
     return mean, step, index
 
 
@@ -41,7 +41,7 @@ def measure_exponents(raw: np.ndarray, book: CodeBook) -> np.ndarray:
     """One segment of bf16 patterns [T, D] -> table index [D]."""
     q = ((raw.astype(np.int32) >> 7) & 0xFF) - CENTRE
     index = np.zeros(raw.shape[1], np.uint8)
-    choose_tables(np.ascontiguousarray(q).ravel(), raw.shape[0], raw.shape[1], book.cost, index)
+    choose_tables(np.ascontiguousarray(q).ravel(), raw.shape[0], raw.shape[1], book.cost_of_symbol, index)
     return index
 
 

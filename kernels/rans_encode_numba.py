@@ -212,24 +212,19 @@ def encode_lossless(
 
 @njit(**_OPTIONS)
 def choose_tables(q, num_tokens, num_dims, cost, index):
-    """The table that codes each channel of q [T * D] i32 in the fewest bits; cost [n, 256] f32. Writes index [D] u8."""
-    hist = np.zeros(256, np.float32)
+    """The table that codes each channel of q [T * D] i32 in the fewest bits. cost [256, n] f32; writes index [D] u8."""
+    hist = np.zeros((num_dims, 256), np.int32)
+    for t in range(num_tokens):
+        for d in range(num_dims):
+            symbol = min(np.uint32(q[t * num_dims + d] + np.int32(CENTRE)), np.uint32(ESCAPE))
+            hist[d, symbol] += 1
+    total = np.empty(cost.shape[1], np.float32)
     for d in range(num_dims):
-        lo = 255
-        hi = 0
-        hist[:] = 0
-        for t in range(num_tokens):
-            symbol = q[t * num_dims + d] + CENTRE
-            if symbol < 0 or symbol > ESCAPE:
-                symbol = ESCAPE
-            hist[symbol] += 1
-            lo = min(lo, symbol)
-            hi = max(hi, symbol)
-        best = np.float32(np.inf)
-        for n in range(cost.shape[0]):
-            total = np.float32(0)
-            for i in range(lo, hi + 1):
-                total += hist[i] * cost[n, i]
-            if total < best:
-                best = total
-                index[d] = n
+        total[:] = 0
+        for i in range(256):
+            count = np.float32(hist[d, i])
+            if count > 0:
+                row = cost[i]
+                for n in range(total.size):
+                    total[n] += count * row[n]
+        index[d] = total.argmin()

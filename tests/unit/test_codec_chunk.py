@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from codec_cases import MB, check_round_trip, make_kv, make_layout, make_profile, make_rope, same_bits
@@ -176,3 +178,15 @@ def test_what_the_caller_gets_wrong() -> None:
     with pytest.raises(MalformedBlob, match="8 tokens, 9 were expected"):
         decode_chunk(blob, profile=profile, rope=make_rope(9, 64))
     assert len(blob) < MB
+
+
+def test_threads_do_not_disturb_each_other() -> None:
+    layout = make_layout(3, 2, 64, 64)
+    profile = make_profile(layout)
+    k, v = make_kv(layout, 128)
+    rope = make_rope(128, 64)
+    blobs = [encode_chunk(k, v, level=name, profile=profile, rope=rope) for name in profile.level_names] * 4
+    alone = [decode_chunk(blob, profile=profile, rope=rope) for blob in blobs]
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(lambda blob: decode_chunk(blob, profile=profile, rope=rope), blobs))
+    assert all(same_bits(a, b) for one, two in zip(alone, together) for a, b in zip(one, two))
