@@ -2,7 +2,7 @@
 
 `handle(event, now) -> [command]`. It owns no page, no socket and no clock. Chunks of a stored context are asked for
 from the back while the frontier (the first chunk not in place) is computed from the front; chunks of a live prefill
-come from the front. Every event leads to a new plan (decode/plan.py); standing requests are amended when the plan's
+come from the front. Events lead to a new plan (decode/plan.py); standing requests are amended when the plan's
 level changes.
 
     MISSING -> ASKED -> DECODING -> FILLED          a chunk that is loaded
@@ -28,6 +28,8 @@ MIN_AHEAD = 2
 MAX_AHEAD = 16
 AHEAD_S = 0.03
 MAX_BAD_BLOBS = 3
+# Parts come by the thousand on a fast link and change little; whole blobs and all else lead to a new plan at once.
+PLAN_EVERY_S = 0.005
 # How long a source may take to answer before the worker stops waiting for it and plans with text alone.
 OPEN_TIMEOUT_S = 10.0
 
@@ -191,6 +193,7 @@ class FillMachine:
         self._codec = codec
         self._may_load = spec.may_load
         self._opened = False
+        self._planned_at = now
         self._started_at = now
         self._moved_at: float | None = None  # when the link last gave something, or was first asked; None when idle
         self._chunk_bytes = dict(spec.chunk_bytes)
@@ -222,7 +225,7 @@ class FillMachine:
             case Tick():
                 if not self._opened and self._may_load and now - self._started_at > OPEN_TIMEOUT_S:
                     self._on_lost(SourceLost(reason="the source did not answer"), now)
-        if self.done:
+        if self.done or (isinstance(event, PartArrived) and now - self._planned_at < PLAN_EVERY_S):
             return commands
         return commands + self._replan(now)
 
@@ -294,6 +297,7 @@ class FillMachine:
         return [index for index, log in enumerate(self.chunks) if log.state in states]
 
     def _replan(self, now: float) -> list[Command]:
+        self._planned_at = now
         missing = self._in(ChunkState.MISSING)
         asked = self._in(ChunkState.ASKED)
         if not missing and not asked:
