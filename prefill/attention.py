@@ -105,7 +105,7 @@ def paged_attention(
         raise AttentionUnsupported("the model brings an attention mask of its own")
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     rule = AttentionRule(scale=scale, window=sliding_window, softcap=softcap)
-    return kv.attend(int(module.layer_idx), query, key, value, rule), None  # type: ignore[arg-type]
+    return kv.attend(int(module.layer_idx), query, key, value, rule), None
 
 
 def register() -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.utils.logging import disable_progress_bar
 
 from prefill.attention import ATTENTION_NAME, AttentionUnsupported, register
 
@@ -42,7 +43,8 @@ class KVLayout:
 
     @property
     def bytes_per_token(self) -> int:
-        return self.num_layers * self.num_kv_heads * (self.head_dim_k + self.head_dim_v) * self.torch_dtype.itemsize
+        values = self.num_layers * self.num_kv_heads * (self.head_dim_k + self.head_dim_v)
+        return values * int(self.torch_dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,6 +88,7 @@ def load_model(path: str | Path, *, dtype: str = "bfloat16", device: str = "cpu"
     if not (folder / "config.json").is_file():
         raise ModelRefused(f"{folder} has no config.json: is this the folder of a transformers model?")
     refuse_kernels_distribution()
+    disable_progress_bar()  # "Loading weights" from every worker, into every log
     try:
         config = AutoConfig.from_pretrained(folder)
         _check_config(config)
