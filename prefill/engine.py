@@ -38,7 +38,7 @@ class SliceInvalid(ValueError):
 
 class Engine:
     """`row_multiple`: every matrix product sees a multiple of so many rows, because from there on a row's bits do
-    not depend on the others. Found by measuring the model's own weights when it is not given."""
+    not depend on the others. Found by measuring when it is not given."""
 
     def __init__(self, model: LoadedModel, pool: KVPool, *, row_multiple: int | None = None) -> None:
         assert pool.layout == model.layout, (pool.layout, model.layout)
@@ -69,7 +69,8 @@ class Engine:
                 logits_to_keep=self._padded(last_rows),
                 kv=batch,
             )
-            return out.logits[0, : len(last_rows)].float()
+        # A copy made out here is an ordinary tensor, which a sampler may write to.
+        return out.logits[0, : len(last_rows)].to(torch.float32, copy=True)
 
     def _spans(self, slices: Sequence[SequenceSlice]) -> list[Span]:
         spans: list[Span] = []
@@ -89,6 +90,8 @@ class Engine:
         stop = item.start + len(item.token_ids)
         if not item.token_ids or item.start < 0:
             raise SliceInvalid(f"a slice of {len(item.token_ids)} tokens at {item.start}")
+        if min(item.token_ids) < 0 or max(item.token_ids) >= self.model.vocab_size:
+            raise SliceInvalid(f"a token id is not in the vocabulary of {self.model.vocab_size}")
         if stop > self.model.max_context:
             raise SliceInvalid(f"tokens up to {stop} exceed the model's context of {self.model.max_context}")
         if stop > len(item.block_table) * self.pool.block_tokens:

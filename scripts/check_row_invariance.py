@@ -1,6 +1,6 @@
 """Does this machine give a matrix row the same bits whatever the number of rows? Prints a table per kind of product.
 
-    python scripts/check_row_invariance.py [--max-rows 100] [--model FOLDER]
+    .venv/bin/python scripts/check_row_invariance.py [--max-rows 100] [--model FOLDER]
 
 The engine asks the same for the shapes of its model when it starts (`prefill.engine.measured_row_multiple`) and pads
 its batches to the multiple it finds. ONEDNN_MAX_CPU_ISA=AVX512_CORE (or AVX2) shows how an older CPU would do.

@@ -150,3 +150,17 @@ def test_slices_that_cannot_be_are_refused(bf16, tokens: int, start: int, blocks
     item = SequenceSlice(token_ids=[5] * tokens, start=start, block_table=list(range(blocks)))
     with pytest.raises(SliceInvalid, match=words):
         engine.forward([item])
+
+
+def test_token_ids_out_of_the_vocabulary_are_refused(bf16) -> None:
+    engine, _ = bf16
+    for token in (-1, engine.model.vocab_size):
+        with pytest.raises(SliceInvalid, match="not in the vocabulary of 512"):
+            engine.forward([SequenceSlice(token_ids=[5, token], start=0, block_table=[0])])
+
+
+def test_logits_may_be_written_to(bf16) -> None:
+    engine, _ = bf16
+    logits = engine.forward([SequenceSlice(token_ids=[5], start=0, block_table=[0], need_logits=True)])
+    logits[0, 3] = float("-inf")
+    assert logits.dtype == torch.float32 and logits.shape == (1, engine.model.vocab_size)
