@@ -244,4 +244,5 @@ def parse_directory(body: memoryview, info: BlobInfo) -> tuple[np.ndarray, Segme
     words = np.frombuffer(payload, "<u2")
     if not words.flags.aligned:  # an odd address in someone's buffer: copy once
         words = np.frombuffer(bytes(payload), "<u2")
+    words.flags.writeable = False  # whatever the buffer was: numba compiles anew for each kind of array
     return words, tables[0], tables[1]

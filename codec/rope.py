@@ -55,7 +55,7 @@ class RopeTable:
     def forward(self) -> tuple[np.ndarray, np.ndarray]:
         """(cos, sin) [T, R/2] float32 that rotate."""
         half = self.half_dim
-        return np.ascontiguousarray(self.cos[:, :half]), np.ascontiguousarray(self.sin[:, :half])
+        return np.array(self.cos[:, :half], order="C"), np.array(self.sin[:, :half], order="C")
 
     def inverse(self) -> tuple[np.ndarray, np.ndarray]:
         """(cos, sin) [T, R/2] float32 that undo it: both over cos^2 + sin^2, which is 1 unless attention is scaled."""

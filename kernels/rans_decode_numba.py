@@ -58,9 +58,8 @@ def _decode_row(words, pos, end, x, table, lut, symbols):
     lanes = u64(x.size)
     p = u64(pos)
     b = u64(0)
-    if (
-        end - pos >= symbols.size and x.size == LANES
-    ):  # no symbol takes more than one word: no bounds to check in this row
+    # No symbol takes more than one word, so with D words left there are no bounds to check in this row.
+    if end - pos >= symbols.size and x.size == LANES:
         while b + FULL <= num_dims:
             for j in range(FULL):
                 entry = u64(lut[table[b + j] + (u64(x[j]) & SLOT_MASK)])

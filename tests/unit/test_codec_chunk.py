@@ -10,10 +10,11 @@ from codec_cases import MB, check_round_trip, make_kv, make_layout, make_profile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from codec.chunk import decode_chunk, encode_chunk, inspect_blob
+from codec.chunk import decode_chunk, encode_chunk, inspect_blob, warmup
 from codec.errors import CodecError, MalformedBlob, RopeRequired, UnencodableTensor, UnknownLevel
 from codec.levels import LevelKind
 from codec.profile import default_profile
+from kernels import rans_numba
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -190,3 +191,26 @@ def test_threads_do_not_disturb_each_other() -> None:
     with ThreadPoolExecutor(4) as pool:
         together = list(pool.map(lambda blob: decode_chunk(blob, profile=profile, rope=rope), blobs))
     assert all(same_bits(a, b) for one, two in zip(alone, together) for a, b in zip(one, two))
+
+
+def test_warmup_compiles_all_that_serving_needs() -> None:
+    """A second compilation in mid-request would stall it for seconds."""
+    layout = make_layout(2, 2, 64, 64)
+    rope = make_rope(24, 64)
+    k, v = make_kv(layout, 24)
+    pages = [torch.zeros(2, 3, 16, 2, 64, dtype=torch.bfloat16).view(2, 48, 2, 64)[:, 8:32] for _ in "kv"]
+    kernels = (
+        rans_numba.encode_quantized, rans_numba.decode_quantized, rans_numba.encode_lossless,
+        rans_numba.decode_lossless, rans_numba.choose_tables,
+    )  # fmt: skip
+    for profile in (make_profile(layout), default_profile(layout)):
+        warmup(profile)
+    compiled = [len(kernel.signatures) for kernel in kernels]
+    for profile in (make_profile(layout), default_profile(layout)):
+        for level in profile.level_names:
+            for kv in ((k, v), [p.copy_(x) for p, x in zip(pages, (k, v))]):
+                blob = encode_chunk(*kv, level=level, profile=profile, rope=rope)
+                for form in (blob, bytearray(blob), memoryview(b"." + blob)[1:]):
+                    for out in (None, tuple(pages)):
+                        decode_chunk(form, profile=profile, rope=rope, out=out)
+    assert [len(kernel.signatures) for kernel in kernels] == compiled == [1] * len(kernels)
