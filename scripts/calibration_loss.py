@@ -45,7 +45,7 @@ class Document:
 def make_documents(
     tokenizer: Any, text_path: Path, *, lengths: Sequence[int], num_text: int, num_facts: int, seed: int
 ) -> list[Document]:
-    """One recall document a length (if the tokenizer knows the bundled model's markers) and `num_text` plain ones."""
+    """One recall document a length and `num_text` plain ones; plain ones only if the tokenizer lacks our markers."""
     rng = random.Random(seed)
     filler = model_data.encode(tokenizer, text_path.read_text(encoding="utf-8"))
     documents = []
@@ -57,7 +57,7 @@ def make_documents(
             Probe(tokens=q.question_ids + q.answer_ids[:-1], targets=q.answer_ids) for q in made.questions
         ]
         documents.append(Document(context=made.context_ids, probes=probes, kind="recall"))
-    for _ in range(num_text):
+    for _ in range(num_text if has_markers else num_text + len(lengths)):
         size = max(lengths)
         run = model_data.take_filler(
             rng, filler, min(size, len(filler) // 2) + CONTINUATION_TOKENS + 1
@@ -158,7 +158,7 @@ class ModelLoss:
     def __call__(
         self, transform: Callable[[Sample], KV], *, keep_last_tokens: int | None = None
     ) -> dict[str, float]:
-        """kl, delta_nll, greedy_agreement on answers' tokens (on text where there are no answers); recall; the same on text."""
+        """kl, delta_nll, greedy_agreement on answers' tokens (on text if there are none); recall; text_*: on text."""
         sums: dict[str, list[Tensor]] = {}
         recalled: list[bool] = []
         for document in self._documents:
