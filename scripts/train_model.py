@@ -244,14 +244,22 @@ class Curriculum:
             weights[index] = 0.6 * 0.4 ** (self.level - index)
         if self.level + 1 < len(LENGTHS) and self.level > 0:
             weights[self.level + 1] = 0.05
-        if LENGTHS[self.level] == 4096:  # the target is 2,048: do not spend all on the longest
-            weights[self.level], weights[self.level - 1] = 0.3, 0.45
+        if LENGTHS[self.level] == 4096:  # all mastered: the text is what is left to learn, and short is cheaper
+            weights = [0.13, 0.2, 0.2, 0.35, 0.12]
         return rng.choices(LENGTHS, weights)[0]
 
     def draw_kind(self, rng: random.Random) -> str:
         """Copying first; text gets its share once short recall works."""
         weights = [0.35, 0.5, 0.15] if self.level == 0 else [0.06, 0.7, 0.24]
         return rng.choices(["copy", "facts", "text"], weights)[0]
+
+    def loss_weights(self) -> tuple[float, float]:
+        """(asked values, copied segments) against 1 for text.
+
+        Equal while recall forms. Once the longest length is reached the few answer tokens would mostly add
+        noise to the gradient, which Muon passes on at full size, and the text would hardly be learnt.
+        """
+        return (0.2, 0.05) if self.level == len(LENGTHS) - 1 else (1.0, 0.5)
 
     def observe(self, length: int, recalled: float, count: int) -> None:
         """Account for one batch in which ``count`` values were asked and a share ``recalled`` came back."""
@@ -282,11 +290,13 @@ def make_batch(
     return tuple(torch.tensor([getattr(s, name) for s in sequences]) for name in ("ids", "kinds", "groups"))
 
 
-def losses(network: Network, ids: Tensor, kinds: Tensor, groups: Tensor) -> tuple[Tensor, dict[str, float]]:
+def losses(
+    network: Network, ids: Tensor, kinds: Tensor, groups: Tensor, answers: float = 1.0, copies: float = 0.5
+) -> tuple[Tensor, dict[str, float]]:
     """The training loss and its parts. Arguments [rows, length + 1].
 
-    Text, asked values and copied segments are averaged apart: the few tokens of the values then weigh as
-    much as all of the text around them.
+    Text, asked values and copied segments are averaged apart and weighted 1, ``answers`` and ``copies``: at
+    1.0 the few tokens of the values weigh as much as all of the text around them.
     """
     targets, kinds, groups = ids[:, 1:], kinds[:, 1:], groups[:, 1:]
     hidden = network(ids[:, :-1])
@@ -296,7 +306,7 @@ def losses(network: Network, ids: Tensor, kinds: Tensor, groups: Tensor) -> tupl
     kind = kinds[used]
     total = torch.zeros(())
     report: dict[str, float] = {}
-    for name, number, weight in (("text", TEXT, 1.5), ("answer", ANSWER, 1.0), ("copy", COPY, 0.25)):
+    for name, number, weight in (("text", TEXT, 1.0), ("answer", ANSWER, answers), ("copy", COPY, copies)):
         chosen = each[kind == number]
         if len(chosen):
             mean = chosen.mean()
@@ -444,7 +454,7 @@ class Trainer:
         length = self.curriculum.draw_length(self.rng)
         rows = max(1, self.args.step_tokens // length)
         batch = make_batch(self.rng, self.tokenizer, self.stream, self.shape.vocab_size, length, rows, self.curriculum)
-        loss, report = losses(self.network, *batch)
+        loss, report = losses(self.network, *batch, *self.curriculum.loss_weights())
         loss.backward()
         nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         rate = self.rate()
