@@ -41,7 +41,7 @@ class Pacing:
     """How much is committed to a link. The sink computes the window and the part size and grants both."""
 
     gain: float = 1.5
-    startup_gain: float = 3.0  # while the measured rate still grows by a quarter from sample to sample
+    startup_gain: float = 2.0  # at first, while the measured rate grows by a quarter from sample to sample
     scheduling_slack_s: float = 0.005  # a busy Python thread keeps the interpreter lock for up to 5 ms
     part_s: float = 0.02  # a part should take about this long on the link ...
     min_part_bytes: int = 16 * KB

@@ -2,8 +2,8 @@
 
 Nothing that a socket has accepted can be recalled, so the unacknowledged bytes are kept near what the link holds
 anyway: gain × delivery rate × (smallest round trip + scheduling slack), never under two parts. The *smallest* round
-trip, because the usual one contains the queue that we ourselves build; the *largest* of the last rates, because a
-link that is slow for one sample is more often a busy processor.
+trip, because the usual one contains the queue that we ourselves build; nearly the *largest* of the last rates, because
+a link that is slow for one sample is more often a busy processor (and one that is fast for one, its catching up).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from transport.limits import Pacing
 
 SAMPLE_S = 0.02  # and at least a round trip ...
 FAST_SAMPLE_S, FAST_SAMPLE_PARTS = 0.005, 16  # ... or this, where many parts smooth out how the processor served us
+STARTUP_FLAT_SAMPLES = 3  # so many without growth end the start-up for good; 1.5 follows a faster link soon enough
 IDLE_S = 0.01  # beyond two round trips: the source had nothing to send
 RATE_SAMPLES = 8  # so a link that slowed is believed after 8 samples
 MEMORY_S = 60.0
@@ -45,7 +46,7 @@ class LinkPacer:
         self._sample_start: float | None = None
         self._sample_bytes = 0
         self._sample_parts = 0
-        self._growing = True
+        self._flat_samples = 0  # in a row
         self._last_part_at = float("-inf")
         self._rtt = RecentMin()
         # Smallest (arrival on our clock − departure on the source's): their clocks' offset plus the one-way delay.
@@ -81,14 +82,23 @@ class LinkPacer:
         fast = elapsed_s >= FAST_SAMPLE_S and self._sample_parts >= FAST_SAMPLE_PARTS
         if elapsed_s >= rtt_s and (fast or elapsed_s >= SAMPLE_S):
             rate = self._sample_bytes / elapsed_s
-            self._growing = not self._rates or rate > 1.25 * max(self._rates)
+            if self._starting:
+                grew = not self._rates or rate > 1.25 * max(self._rates)
+                self._flat_samples = 0 if grew else self._flat_samples + 1
             self._rates.append(rate)
             self._sample_start, self._sample_bytes, self._sample_parts = at, 0, 0
 
     @property
     def rate(self) -> float | None:
-        """Delivery rate in bytes per second; None before the first sample."""
-        return max(self._rates) if self._rates else None
+        """Delivery rate in bytes per second; None before the first sample. The largest of the last ones at first, then
+        the second largest."""
+        if not self._rates:
+            return None
+        return max(self._rates) if self._starting else sorted(self._rates)[-2]
+
+    @property
+    def _starting(self) -> bool:
+        return self._flat_samples < STARTUP_FLAT_SAMPLES
 
     @property
     def rtt_s(self) -> float | None:
@@ -109,6 +119,6 @@ class LinkPacer:
         floor = pacing.min_window_parts * self.part_bytes
         if self.rate is None:
             return floor
-        gain = pacing.startup_gain if self._growing else pacing.gain
+        gain = pacing.startup_gain if self._starting else pacing.gain
         wanted = int(gain * self.rate * ((self.rtt_s or 0.0) + pacing.scheduling_slack_s))
         return min(pacing.max_window_bytes, max(floor, wanted))

@@ -6,11 +6,14 @@ of a few milliseconds, so the sender feels the rate as back-pressure.
 
 from __future__ import annotations
 
+import array
 import asyncio
 import contextlib
+import fcntl
 import json
 import math
 import socket
+import termios
 import time
 from collections import deque
 
@@ -20,7 +23,6 @@ READ_S = 0.004  # a read takes at most about this long on the link, so that a ch
 BURST_S = 0.002  # after idleness: next to nothing, so that a small blob does not seem to meet a faster link
 LATE_S = 0.05  # while data waits: what a busy processor may cost this process before the rate suffers
 MIN_BURST_BYTES, MAX_BURST_BYTES = 3 * 1024, 64 * 1024
-WAITING_S = 0.0005  # a read that took less found its data there
 SHORTEST_SLEEP_S = 0.002  # shorter ones are saved up: the event loop's own clock ticks in milliseconds
 BUFFER_BYTES = 64 * 1024  # SO_SNDBUF and SO_RCVBUF; the kernel doubles it
 
@@ -53,6 +55,13 @@ class Bucket:
         start = max(self.free_at, now - allowance_s)
         self.free_at = start + num_bytes * 8 / rate_bps
         return max(0.0, self.free_at - now)
+
+
+def lies_there(end: socket.socket) -> bool:
+    """Whether bytes wait to be read."""
+    count = array.array("i", [0])
+    fcntl.ioctl(end.fileno(), termios.FIONREAD, count)
+    return count[0] > 0
 
 
 class Proxy:
@@ -107,14 +116,15 @@ class Proxy:
                 limited = self.rate_bps != math.inf
                 wanted = int(self.rate_bps / 8 * READ_S) if limited else UNLIMITED_READ_BYTES
                 size = max(1460, min(wanted, UNLIMITED_READ_BYTES))
-                asked_at = time.monotonic()
+                waiting = lies_there(source)
                 count = await loop.sock_recv_into(source, buffer[:size])
-                waiting = time.monotonic() - asked_at < WAITING_S
                 if count == 0:
                     await line.drained()
                     return
                 if limited:
-                    async with self._turns[id(bucket)]:  # connections of one direction take turns
+                    turn = self._turns[id(bucket)]
+                    waiting = waiting or turn.locked()
+                    async with turn:  # connections of one direction take turns
                         wait_s = bucket.reserve(count, self.rate_bps, time.monotonic(), waiting=waiting)
                         if wait_s > SHORTEST_SLEEP_S:
                             await asyncio.sleep(wait_s)
