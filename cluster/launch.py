@@ -30,7 +30,6 @@ NAMESPACE = "kvstream"
 START_TIMEOUT_S = 180.0
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least; nothing of ours goes through it
 ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",

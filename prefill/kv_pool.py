@@ -9,13 +9,11 @@ are not written, so that what a page held before can never reach another sequenc
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from prefill.model import KVLayout
+from prefill.kv_layout import KVLayout
 
 
 class KVPool:

@@ -17,34 +17,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from transformers.utils.logging import disable_progress_bar
 
 from prefill.attention import ATTENTION_NAME, AttentionUnsupported, register
+from prefill.kv_layout import DTYPES, KVLayout
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Their frequencies depend on the position alone; `dynamic` and `longrope` look at the longest sequence of the *batch*.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class ModelRefused(Exception):
     """The model cannot be served; the text says why and what to do."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KVLayout:
-    """The shape of one token's KV."""
-
-    num_layers: int
-    num_kv_heads: int
-    head_dim_k: int
-    head_dim_v: int
-    dtype: str
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
-
-    @property
-    def bytes_per_token(self) -> int:
-        values = self.num_layers * self.num_kv_heads * (self.head_dim_k + self.head_dim_v)
-        return values * int(self.torch_dtype.itemsize)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

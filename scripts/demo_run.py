@@ -136,7 +136,7 @@ class Demo:
         await self.ask(0, {"mode": FIXED_LEVEL})
         down_before = self.shaper.stats()["down_bytes"]
         task = asyncio.create_task(self.ask(1, {"mode": "auto", "ttft_ms": DROP_TARGET_MS}))
-        while self.shaper.stats()["down_bytes"] - down_before < DROP_AFTER_BYTES and not task.done():
+        while self.shaper.stats()["down_bytes"] - down_before < DROP_AFTER_BYTES and not task.done():  # noqa: ASYNC110
             await asyncio.sleep(0.005)
         self.shaper.set_rate(DROP_TO_MBPS)
         answer = await task

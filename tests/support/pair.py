@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -39,10 +39,10 @@ class Pair:
     """Prompts go in, answers come out; `reference` is the same engine without disaggregation."""
 
     def __init__(self, prefill: PrefillWorker, decode: DecodeWorker, alone: ModelRuntime) -> None:
-        self.prefill, self.decode, self._alone = prefill, decode, alone
+        self.prefill, self.decode, self.alone = prefill, decode, alone
 
     def reference(self, token_ids: list[int], max_tokens: int) -> list[int]:
-        return generate_greedy(self._alone.engine, self._alone.allocator, token_ids, max_tokens)
+        return generate_greedy(self.alone.engine, self.alone.allocator, token_ids, max_tokens)
 
     def body(
         self, token_ids: list[int], *, max_tokens: int = 8, with_source: bool = True, **options: Any
@@ -95,11 +95,21 @@ class Pair:
 
 
 @contextmanager
-def running_pair(*, policy: SLOPolicy | None = None, chunk_tokens: int = 256, **runtime: Any) -> Iterator[Pair]:
-    prefill = PrefillWorker(make_runtime(**runtime))
-    decode = DecodeWorker(make_runtime(**runtime), policy=policy or SLOPolicy(ttft_s=30.0), chunk_tokens=chunk_tokens)
+def around(
+    runtime: Callable[[], ModelRuntime], *, policy: SLOPolicy | None = None, chunk_tokens: int = 256
+) -> Iterator[Pair]:
+    """A pair whose workers each have a runtime of their own, as they would in processes of their own."""
+    prefill = PrefillWorker(runtime())
+    decode = DecodeWorker(runtime(), policy=policy or SLOPolicy(ttft_s=30.0), chunk_tokens=chunk_tokens)
     try:
-        yield Pair(prefill, decode, make_runtime(**runtime))
+        yield Pair(prefill, decode, runtime())
     finally:
         decode.shutdown()
         prefill.shutdown()
+
+
+def running_pair(
+    *, policy: SLOPolicy | None = None, chunk_tokens: int = 256, **options: Any
+) -> AbstractContextManager[Pair]:
+    """Around the small random model."""
+    return around(lambda: make_runtime(**options), policy=policy, chunk_tokens=chunk_tokens)

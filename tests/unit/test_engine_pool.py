@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from prefill.kv_pool import KVPool
-from prefill.model import KVLayout
+from prefill.kv_layout import KVLayout
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=3, head_dim_k=8, head_dim_v=4, dtype="bfloat16")
 TABLES = {"neighbours": [2, 3, 4, 5], "scattered": [7, 0, 3, 5]}

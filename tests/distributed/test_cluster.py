@@ -1,0 +1,152 @@
+"""A real cluster: two prefill and two decode workers as Ray actors, a gateway, real sockets, the bundled model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import time
+
+import httpx
+import pytest
+import ray
+from openai import OpenAI
+
+from cluster.config import BUNDLED_MODEL, ServeConfig, StartRefused
+from cluster.launch import _check_room, running_cluster
+from decode.slo import SLOPolicy
+from prefill.engine import generate_greedy
+from prefill.runtime import load_runtime
+from scripts.demo_client import ask
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    config = ServeConfig(port=0, num_prefill=2, num_decode=2, threads=1, policy=SLOPolicy(ttft_s=20.0))
+    with running_cluster(config) as running:
+        yield running
+        for worker in running.workers.values():
+            ray.get(worker.check_integrity.remote(), timeout=60)
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return load_runtime(BUNDLED_MODEL, num_blocks=512)
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(300, 4000) for _ in range(length)]
+
+
+def ask_all(base_url: str, prompts: list[list[int]], **options):
+    async def run():
+        async with httpx.AsyncClient(base_url=base_url, timeout=120) as client:
+            return await asyncio.gather(*(ask(client, p, ignore_eos=True, **options) for p in prompts))
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("mode", ["raw", "lossless", "auto"])
+def test_answers_of_many_at_once_equal_the_engine_alone(cluster, alone, mode: str) -> None:
+    prompts = [prompt(200 + 211 * i, seed=i) for i in range(6)]
+    answers = ask_all(cluster.base_url, prompts, max_tokens=6, kv={"mode": mode, "floor": "lossless"})
+    for tokens, answer in zip(prompts, answers, strict=True):
+        assert answer.token_ids == generate_greedy(alone.engine, alone.allocator, tokens, 6)
+    sources = {answer.receipt["source"] for answer in answers}
+    assert {"prefill-0", "prefill-1"} <= sources
+
+
+def test_a_document_asked_about_again_comes_from_the_store(cluster) -> None:
+    document = prompt(1200, seed=77)
+    first = ask_all(cluster.base_url, [document + [7]], max_tokens=2, kv={"mode": "lossless"})[0]
+    again = ask_all(cluster.base_url, [document + [8]], max_tokens=2, kv={"mode": "raw"})[0]
+    assert first.receipt["live_prefill"] and not again.receipt["live_prefill"]
+    assert first.receipt["source"] == again.receipt["source"]
+
+
+def test_the_openai_client_drives_it(cluster) -> None:
+    client = OpenAI(base_url=f"{cluster.base_url}/v1", api_key="none", timeout=60, max_retries=0)
+    model = client.models.list().data[0].id
+    text = "It was the best of times, it was the worst of times. " * 40
+    whole = client.completions.create(model=model, prompt=text, max_tokens=8, temperature=0)
+    assert whole.usage.completion_tokens <= 8
+    streamed = client.completions.create(model=model, prompt=text, max_tokens=8, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].text for chunk in streamed if chunk.choices) == whole.choices[0].text
+    messages = [{"role": "user", "content": text + "What was it?"}]
+    answer = client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0)
+    pieces = client.chat.completions.create(model=model, messages=messages, max_tokens=8, temperature=0, stream=True)
+    said = "".join(chunk.choices[0].delta.content or "" for chunk in pieces if chunk.choices)
+    assert said == answer.choices[0].message.content
+
+
+def test_a_client_that_leaves_gives_everything_back(cluster) -> None:
+    async def leave() -> None:
+        async with httpx.AsyncClient(base_url=cluster.base_url, timeout=60) as client:
+            body = {"prompt": prompt(900, seed=5), "max_tokens": 2000, "stream": True, "ignore_eos": True}
+            async with client.stream("POST", "/v1/completions", json=body) as response:
+                async for _ in response.aiter_lines():
+                    return
+
+    asyncio.run(leave())
+    deadline = time.monotonic() + 20
+    decoders = [actor for name, actor in cluster.workers.items() if name.startswith("decode")]
+    while any(ray.get(d.stats.remote())["kv_cache_usage_perc"] > 0 for d in decoders):
+        assert time.monotonic() < deadline, "pages are still held"
+        time.sleep(0.05)
+
+
+def test_metrics_and_health(cluster) -> None:
+    text = httpx.get(f"{cluster.base_url}/metrics").text
+    assert "kvstream_time_to_first_token_seconds" in text
+    assert 'kvstream_worker_kv_cache_usage_perc{worker="decode-0",role="decode"}' in text
+    assert httpx.get(f"{cluster.base_url}/health").json()["status"] == "ok"
+
+
+def test_killed_workers_disturb_nobody_for_long(cluster, alone) -> None:
+    """kill -9 of one prefill and one decode worker under load: every request ends with the right tokens or a clear
+    error, and both come back."""
+    prompts = [prompt(1500 + 50 * i, seed=200 + i) for i in range(6)]
+    victims = [ray.get(cluster.workers[name].pid.remote()) for name in ("prefill-0", "decode-0")]
+
+    async def run():
+        async with httpx.AsyncClient(base_url=cluster.base_url, timeout=120) as client:
+            kv = {"mode": "auto", "floor": "lossless"}
+            tasks = [asyncio.create_task(ask(client, p, max_tokens=6, ignore_eos=True, kv=kv)) for p in prompts]
+            await asyncio.sleep(0.3)
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            return await asyncio.gather(*tasks, return_exceptions=True)
+
+    answers = asyncio.run(run())
+    for tokens, answer in zip(prompts, answers, strict=True):
+        if isinstance(answer, RuntimeError):
+            assert "lost" in str(answer) or "reached" in str(answer)
+        else:
+            assert answer.token_ids == generate_greedy(alone.engine, alone.allocator, tokens, 6)
+    assert any(not isinstance(answer, BaseException) for answer in answers)
+    for name in ("prefill-0", "decode-0"):
+        assert pid_once_back(cluster.workers[name]) not in victims
+    deadline = time.monotonic() + 30
+    while list(httpx.get(f"{cluster.base_url}/health").json()["workers"].values()).count("ok") < 4:
+        assert time.monotonic() < deadline, "the restarted workers did not come back"
+        time.sleep(0.2)
+    answer = ask_all(cluster.base_url, [prompt(700, seed=1)], max_tokens=4, kv={"mode": "raw"})[0]
+    assert answer.token_ids == generate_greedy(alone.engine, alone.allocator, prompt(700, seed=1), 4)
+
+
+def pid_once_back(worker) -> int:
+    deadline = time.monotonic() + 120
+    while True:
+        try:
+            return ray.get(worker.pid.remote(), timeout=90)
+        except ray.exceptions.ActorUnavailableError:
+            assert time.monotonic() < deadline, "the worker was not restarted"
+            time.sleep(0.5)
+
+
+def test_a_running_cluster_without_room_is_refused_in_words(cluster) -> None:
+    config = ServeConfig(port=0, num_prefill=0, num_decode=5, address=ray.get_runtime_context().gcs_address)
+    with pytest.raises(StartRefused, match="5 decode workers were asked for"):
+        _check_room(config)
