@@ -19,9 +19,7 @@ from codec.quantize import round_to_bf16
 
 GRID = 2.0 ** (np.arange(-20, 11) / 4)  # steps in units of a tensor's rms spread: 1/32 to 5.7
 MAX_RATE_TOKENS = 3000
-MIN_SENSITIVITY_SHARE = (
-    0.03  # of the median: nothing is declared free because a probe happened not to touch it
-)
+MIN_SENSITIVITY_SHARE = 0.03  # of the median: nothing is declared free because a probe happened not to touch it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -110,9 +110,7 @@ def parse_header(blob: memoryview) -> BlobInfo:
     if magic != MAGIC:
         raise WrongVersion(f"not a kvstream blob: starts with {magic!r}, not {MAGIC!r}")
     if version != VERSION:
-        raise WrongVersion(
-            f"blob version {version}, this build reads {VERSION}; run the same kvstream on both ends"
-        )
+        raise WrongVersion(f"blob version {version}, this build reads {VERSION}; run the same kvstream on both ends")
     if zlib.crc32(blob[: HEADER_BYTES - 4]) != crc:
         raise ChecksumMismatch("the header's checksum does not fit: the bytes changed on the way")
     name = level.rstrip(b"\0")
@@ -155,18 +153,12 @@ def parse_header(blob: memoryview) -> BlobInfo:
 def check_body(blob: memoryview, info: BlobInfo) -> memoryview:
     """The body, once length and checksum hold."""
     if blob.nbytes < info.total_bytes:
-        raise TruncatedBlob(
-            f"{blob.nbytes} bytes came, the header says {info.total_bytes}; ask for the chunk again"
-        )
+        raise TruncatedBlob(f"{blob.nbytes} bytes came, the header says {info.total_bytes}; ask for the chunk again")
     if blob.nbytes > info.total_bytes:
-        raise MalformedBlob(
-            f"{blob.nbytes} bytes came, the header says {info.total_bytes}: something follows the blob"
-        )
+        raise MalformedBlob(f"{blob.nbytes} bytes came, the header says {info.total_bytes}: something follows the blob")
     stated = int.from_bytes(blob[-CRC_BYTES:], "little")
     if zlib.crc32(blob[:-CRC_BYTES]) != stated:
-        raise ChecksumMismatch(
-            "the checksum does not fit: the bytes changed on the way; ask for the chunk again"
-        )
+        raise ChecksumMismatch("the checksum does not fit: the bytes changed on the way; ask for the chunk again")
     return blob[HEADER_BYTES:-CRC_BYTES]
 
 
@@ -220,10 +212,7 @@ def parse_directory(body: memoryview, info: BlobInfo) -> tuple[np.ndarray, Segme
     if (entries > values[:, None]).any():
         raise MalformedBlob("the directory claims more words or escapes than a segment has values")
     fixed = np.repeat(
-        [
-            side_words(info.kind, info.is_shipped, d) + 2 * min(LANES, d) + rest_words(info, d)
-            for d in (dim_k, dim_v)
-        ],
+        [side_words(info.kind, info.is_shipped, d) + 2 * min(LANES, d) + rest_words(info, d) for d in (dim_k, dim_v)],
         layers * heads,
     )
     sizes = fixed + entries[:, 0] + 2 * entries[:, 1]

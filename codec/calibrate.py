@@ -103,9 +103,7 @@ def _plain(sample: Sample, which: int, layer: int, head: int) -> np.ndarray:
 
 def _learn(samples: Sequence[Sample]) -> _Learned:
     layers, _, heads, dim_k = samples[0].k.shape
-    layout = CodecLayout(
-        num_layers=layers, num_kv_heads=heads, head_dim_k=dim_k, head_dim_v=samples[0].v.shape[3]
-    )
+    layout = CodecLayout(num_layers=layers, num_kv_heads=heads, head_dim_k=dim_k, head_dim_v=samples[0].v.shape[3])
     means: list[list[np.ndarray]] = [[], []]
     documents = []
     for which in (0, 1):
@@ -136,17 +134,13 @@ def _coarsen(learned: _Learned, steps: np.ndarray, only: int | None = None) -> C
             x = np.rint((_plain(sample, int(which), int(layer), int(head)) - mean) / step) * step + mean
             if which == 0 and sample.rope is not None:
                 x = rotate(x, *sample.rope.forward())
-            out[which][layer, :, head] = torch.from_numpy(float_to_bf16(x).view(np.int16)).view(
-                torch.bfloat16
-            )
+            out[which][layer, :, head] = torch.from_numpy(float_to_bf16(x).view(np.int16)).view(torch.bfloat16)
         return out
 
     return transform
 
 
-def _through_codec(
-    profile: Profile, level: str, chunk_tokens: int, count: list[int]
-) -> Callable[[Sample], KV]:
+def _through_codec(profile: Profile, level: str, chunk_tokens: int, count: list[int]) -> Callable[[Sample], KV]:
     """A transform that really encodes and decodes, chunk by chunk; adds [bytes, values] to `count`."""
 
     def transform(sample: Sample) -> KV:
@@ -154,9 +148,7 @@ def _through_codec(
         for start in range(0, sample.k.shape[1], chunk_tokens):
             rope = sample.rope
             if rope is not None:
-                rope = RopeTable(
-                    rope.cos[start : start + chunk_tokens], rope.sin[start : start + chunk_tokens]
-                )
+                rope = RopeTable(rope.cos[start : start + chunk_tokens], rope.sin[start : start + chunk_tokens])
             k, v = sample.k[:, start : start + chunk_tokens], sample.v[:, start : start + chunk_tokens]
             blob = encode_chunk(k, v, level=level, profile=profile, rope=rope)
             count[0] += len(blob)
@@ -187,17 +179,13 @@ def _make_level(learned: _Learned, name: str, choice: np.ndarray) -> tuple[Level
     return Level(name=name, kind=LevelKind.QUANTIZED, codebook=book, k=plans[0], v=plans[1]), rows
 
 
-def _split_plans(
-    lay: CodecLayout, index: np.ndarray, steps: np.ndarray, groups: np.ndarray
-) -> list[TensorPlan]:
+def _split_plans(lay: CodecLayout, index: np.ndarray, steps: np.ndarray, groups: np.ndarray) -> list[TensorPlan]:
     """index [M * 2 * D] flat, steps [2, L, H], groups [2, L] -> the plans of K and V."""
     shape = (lay.num_layers, lay.num_kv_heads, 2)
     cut = int(np.prod(shape)) * lay.head_dim_k
     flat = (index[:cut].reshape(*shape, lay.head_dim_k), index[cut:].reshape(*shape, lay.head_dim_v))
     return [
-        TensorPlan(
-            index=np.ascontiguousarray(flat[w]), step=steps[w].copy(), group=groups[w].astype(np.int64)
-        )
+        TensorPlan(index=np.ascontiguousarray(flat[w]), step=steps[w].copy(), group=groups[w].astype(np.int64))
         for w in (0, 1)
     ]
 
@@ -207,9 +195,7 @@ def _make_lossless(samples: Sequence[Sample], lay: CodecLayout) -> Level:
     for which in (0, 1):
         for layer in range(lay.num_layers):
             for head in range(lay.num_kv_heads):
-                raw = [
-                    (s.k, s.v)[which][layer, :, head].contiguous().view(torch.int16).numpy() for s in samples
-                ]
+                raw = [(s.k, s.v)[which][layer, :, head].contiguous().view(torch.int16).numpy() for s in samples]
                 exponent = (np.concatenate(raw).view(np.uint16).astype(np.int32) >> 7) & 0xFF
                 counts = histogram(exponent - CENTRE)
                 histograms += [counts, np.zeros_like(counts)]  # the second set of rows is for deltas: unused
@@ -252,9 +238,7 @@ def calibrate(
     sensitivity = sensitivities(probe_kl, probe_distortion)
     for m in range(count):
         which, layer, head = np.unravel_index(m, probe_steps.shape)
-        report.probes.append(
-            {"layer": int(layer), "which": "KV"[which], "head": int(head), "kl": float(probe_kl[m])}
-        )
+        report.probes.append({"layer": int(layer), "which": "KV"[which], "head": int(head), "kl": float(probe_kl[m])})
 
     for i, rate in enumerate(CURVE_RATES):
         progress("curve", 0.5 + 0.15 * i / len(CURVE_RATES))

@@ -198,9 +198,7 @@ def _decode_lossless(
     return result
 
 
-def _store(
-    tensor: torch.Tensor, target: torch.Tensor, info: BlobInfo, payload: Array, table: SegmentTable
-) -> None:
+def _store(tensor: torch.Tensor, target: torch.Tensor, info: BlobInfo, payload: Array, table: SegmentTable) -> None:
     """From the coder's bf16 into what was asked for: other strides, fp16, or fp32 (lossless: plus the low halves)."""
     if info.kind is LevelKind.LOSSLESS and info.dtype == "float32":
         layers, num_tokens, heads, dim = target.shape

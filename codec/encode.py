@@ -86,9 +86,7 @@ def _check_tensors(k: torch.Tensor, v: torch.Tensor, profile: Profile) -> str:
         if tensor.ndim != 4 or tensor.shape[0] != layers or tensor.shape[2:] != (heads, dim):
             raise UnencodableTensor(f"{which} is {list(tensor.shape)}, the profile is for {wanted}")
         if tensor.dtype not in DTYPES or tensor.dtype != k.dtype:
-            raise UnencodableTensor(
-                f"{which} is {tensor.dtype}; want bfloat16, float16 or float32, K and V alike"
-            )
+            raise UnencodableTensor(f"{which} is {tensor.dtype}; want bfloat16, float16 or float32, K and V alike")
         if tensor.device.type != "cpu":
             raise UnencodableTensor(f"{which} is on {tensor.device}; this encoder takes CPU tensors")
         if not 1 <= tensor.shape[1] <= bitstream.MAX_TOKENS or tensor.shape[1] != k.shape[1]:

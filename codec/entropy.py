@@ -45,14 +45,10 @@ class CodeBook:
         symbol = np.concatenate([np.repeat(np.arange(NUM_SYMBOLS), row) for row in wide])
         table = np.repeat(np.arange(len(wide)), 1 << PROB_BITS)
         slot = np.tile(np.arange(1 << PROB_BITS), len(wide))
-        lut = ((symbol << 24) | (wide[table, symbol] << 12) | (slot - starts[table, symbol])).astype(
-            np.uint32
-        )
+        lut = ((symbol << 24) | (wide[table, symbol] << 12) | (slot - starts[table, symbol])).astype(np.uint32)
         object.__setattr__(self, "freqs", freqs)
         object.__setattr__(self, "lut", lut)
-        object.__setattr__(
-            self, "fs", np.ascontiguousarray(((wide << 16) | starts).astype(np.uint32).ravel())
-        )
+        object.__setattr__(self, "fs", np.ascontiguousarray(((wide << 16) | starts).astype(np.uint32).ravel()))
         cost = symbol_cost(freqs)
         object.__setattr__(self, "cost", cost)
         object.__setattr__(self, "cost_of_symbol", np.ascontiguousarray(cost.T))
@@ -110,9 +106,7 @@ def laplace_table(spread: float) -> np.ndarray:
     tail = 0.5 * np.exp(-np.abs(edges) / scale)
     laplace = np.where(edges < 0, tail, 1 - tail)
     grid = np.clip(edges / max(spread, 1e-3) / np.sqrt(2), -6, 6)
-    gauss = 0.5 * (
-        1 + np.tanh(1.1283791671 * (grid + 0.0897 * grid**3))
-    )  # erf to 4e-4, in elementary functions
+    gauss = 0.5 * (1 + np.tanh(1.1283791671 * (grid + 0.0897 * grid**3)))  # erf to 4e-4, in elementary functions
     inside = np.diff(0.5 * laplace + 0.5 * gauss)
     counts = np.append(inside, max(1e-4, 1 - inside.sum()))
     return normalize(np.maximum(counts, 1e-9), min_share=1e-5)

@@ -114,14 +114,9 @@ def _check(profile: Profile) -> None:
         for plan, dim in ((level.k, lay.head_dim_k), (level.v, lay.head_dim_v)):
             if plan is None:
                 continue
+            fits = plan.index.shape == (lay.num_layers, lay.num_kv_heads, 2, dim) and plan.index.dtype == np.uint8
             fits = (
-                plan.index.shape == (lay.num_layers, lay.num_kv_heads, 2, dim)
-                and plan.index.dtype == np.uint8
-            )
-            fits = (
-                fits
-                and plan.step.shape == (lay.num_layers, lay.num_kv_heads)
-                and plan.group.shape == (lay.num_layers,)
+                fits and plan.step.shape == (lay.num_layers, lay.num_kv_heads) and plan.group.shape == (lay.num_layers,)
             )
             if not fits or int(plan.index.max(initial=0)) >= level.codebook.num_tables:
                 raise InvalidProfile(f"level {level.name} does not fit the layout or names a table it lacks")
@@ -189,9 +184,7 @@ def load_profile(path: str | Path) -> Profile:
     except InvalidProfile:
         raise
     except Exception as error:  # any malformation of an untrusted file, whatever library notices it first
-        raise InvalidProfile(
-            f"{path} is damaged ({type(error).__name__}); run `kvstream calibrate` again"
-        ) from error
+        raise InvalidProfile(f"{path} is damaged ({type(error).__name__}); run `kvstream calibrate` again") from error
 
 
 def _unpack_array(entry: list[Any]) -> np.ndarray:
@@ -213,9 +206,7 @@ def _parse(body: dict[str, Any]) -> Profile:
     for entry in meta["levels"]:
         name = entry["name"]
         plans = {
-            which: TensorPlan(
-                **{part: arrays[f"{name}.{which}.{part}"] for part in ("index", "step", "group")}
-            )
+            which: TensorPlan(**{part: arrays[f"{name}.{which}.{part}"] for part in ("index", "step", "group")})
             for which in ("k", "v")
             if f"{name}.{which}.index" in arrays
         }
@@ -238,9 +229,7 @@ def _parse(body: dict[str, Any]) -> Profile:
         mean_k=arrays["mean_k"],
         mean_v=arrays["mean_v"],
         needs_rope=meta["needs_rope"],
-        bits_per_value={
-            e["name"]: e["bits_per_value"] for e in meta["levels"] if e["bits_per_value"] is not None
-        },
+        bits_per_value={e["name"]: e["bits_per_value"] for e in meta["levels"] if e["bits_per_value"] is not None},
         promise={
             e["name"]: Promise(kl=p[0], delta_nll=p[1], greedy_agreement=p[2], recall_drop=p[3])
             for e in meta["levels"]
@@ -288,8 +277,7 @@ def default_profile(layout: Layout, *, fingerprint: str = "") -> Profile:
         mean_k=round_to_bf16(np.zeros((own.num_layers, own.num_kv_heads, own.head_dim_k))),
         mean_v=round_to_bf16(np.zeros((own.num_layers, own.num_kv_heads, own.head_dim_v))),
         needs_rope=False,
-        bits_per_value={"raw": 16.0, "lossless": 11.3}
-        | {name: bits for name, (_, bits) in _DEFAULT_STEPS.items()},
+        bits_per_value={"raw": 16.0, "lossless": 11.3} | {name: bits for name, (_, bits) in _DEFAULT_STEPS.items()},
         promise={"raw": EXACT, "lossless": EXACT} | {name: Promise() for name in _DEFAULT_STEPS},
         provenance={"kind": "default, uncalibrated"},
     )

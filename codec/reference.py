@@ -28,9 +28,7 @@ Array = np.ndarray[Any, Any]
 
 def _rows(flat: Array, at: int, stride_t: int, num_tokens: int, num_dims: int) -> Array:
     """[T, D] view of flat memory."""
-    return np.lib.stride_tricks.as_strided(
-        flat[at:], (num_tokens, num_dims), (stride_t * flat.itemsize, flat.itemsize)
-    )
+    return np.lib.stride_tricks.as_strided(flat[at:], (num_tokens, num_dims), (stride_t * flat.itemsize, flat.itemsize))
 
 
 def _tables(fs: Array) -> Array:
@@ -107,9 +105,7 @@ def decode_quantized(
             q = add_anchors(decode_segment(coded, tables, index[s], int(group[s]), shape), int(group[s]))
         except StreamError:
             return DAMAGED, s
-        _rows(out, out_pos[s], stride_t, *shape)[:] = float_to_bf16(
-            rotate(dequantize(q, mean[s], step[s]), cos, sin)
-        )
+        _rows(out, out_pos[s], stride_t, *shape)[:] = float_to_bf16(rotate(dequantize(q, mean[s], step[s]), cos, sin))
     return OK, -1
 
 

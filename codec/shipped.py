@@ -66,9 +66,7 @@ def unpack_index(words: np.ndarray, num_dims: int, book: CodeBook) -> np.ndarray
     return np.ascontiguousarray(index)
 
 
-def unpack_side(
-    words: np.ndarray, num_dims: int, book: CodeBook
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def unpack_side(words: np.ndarray, num_dims: int, book: CodeBook) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Inverse of pack_side: means [S, D], steps [S], index [S, D]."""
     step = bf16_to_float(words[:, 0])
     mean = bf16_to_float(np.ascontiguousarray(words[:, 1 : 1 + num_dims]))

@@ -199,9 +199,7 @@ def decode_quantized(
             row = out[at : at + num_dims]
             for d in range(num_dims):  # float32 -> bf16, round to nearest even
                 u = turned_bits[d]
-                row[d] = np.uint16(
-                    (u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-                )
+                row[d] = np.uint16((u + np.uint32(0x7FFF) + ((u >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16))
         code = _finish_segment(pos, end, x, esc_left)
         if code != OK:
             return code, s
@@ -209,9 +207,7 @@ def decode_quantized(
 
 
 @njit(**_OPTIONS)
-def decode_lossless(
-    words, payload, seg_pos, seg_words, seg_escapes, lut, index, out, out_pos, stride_t, num_tokens
-):
+def decode_lossless(words, payload, seg_pos, seg_words, seg_escapes, lut, index, out, out_pos, stride_t, num_tokens):
     """Payload -> bf16 rows, bit-exact. As decode_quantized; payload is the same memory as `words`, as bytes."""
     num_dims = index.shape[2]
     lanes = min(LANES, num_dims)
@@ -246,9 +242,7 @@ def decode_lossless(
                 low = np.uint32(rest[d])
                 exponent = np.uint32(q[d] + CENTRE) & np.uint32(0xFF)
                 row[d] = np.uint16(
-                    ((low & np.uint32(0x80)) << np.uint32(8))
-                    | (exponent << np.uint32(7))
-                    | (low & np.uint32(0x7F))
+                    ((low & np.uint32(0x80)) << np.uint32(8)) | (exponent << np.uint32(7)) | (low & np.uint32(0x7F))
                 )
             rest_pos += num_dims
         code = _finish_segment(pos, end, x, esc_left)

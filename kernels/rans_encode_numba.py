@@ -38,9 +38,7 @@ def _encode_row(q, fs, table, x, stack, num_words):
         run = min(lanes, num_dims - b)
         for i in range(run):
             j = run - u64(1) - i
-            symbol = min(
-                np.uint32(q[b + j] + np.int32(CENTRE)), np.uint32(ESCAPE)
-            )  # below 0 wraps to far above
+            symbol = min(np.uint32(q[b + j] + np.int32(CENTRE)), np.uint32(ESCAPE))  # below 0 wraps to far above
             entry = u64(fs[table[b + j] + u64(symbol)])
             if entry < u64(1 << 16):  # frequency 0: outside this table's support
                 symbol = np.uint32(ESCAPE)
@@ -49,9 +47,7 @@ def _encode_row(q, fs, table, x, stack, num_words):
             freq = entry >> u64(16)
             state = u64(x[j])
             full = u64(state >= (freq << (u64(32) - PROB_SHIFT)))
-            stack[n] = np.uint16(
-                state & u64(0xFFFF)
-            )  # kept only if full; a branch here would be mispredicted
+            stack[n] = np.uint16(state & u64(0xFFFF))  # kept only if full; a branch here would be mispredicted
             n += full
             state >>= full << u64(4)
             times = u64(np.uint32(state) // np.uint32(freq))
@@ -75,9 +71,7 @@ def _encode_segment(q, num_tokens, fs, index, size, out, at, stack):
     num_escapes = 0
     for t in range(num_tokens - 1, -1, -1):
         r = 0 if size == 0 or t % size == 0 else 1
-        num_words, escapes = _encode_row(
-            q[t * num_dims : (t + 1) * num_dims], fs, table[r], x, stack, num_words
-        )
+        num_words, escapes = _encode_row(q[t * num_dims : (t + 1) * num_dims], fs, table[r], x, stack, num_words)
         num_escapes += escapes
     for j in range(lanes):
         out[at + 2 * j] = x[j] & np.uint32(0xFFFF)
@@ -171,9 +165,7 @@ def encode_quantized(
 
 
 @njit(**_OPTIONS)
-def encode_lossless(
-    src, src_pos, stride_t, num_tokens, index, side, gap, fs, out, out_bytes, seg_words, seg_escapes
-):
+def encode_lossless(src, src_pos, stride_t, num_tokens, index, side, gap, fs, out, out_bytes, seg_words, seg_escapes):
     """bf16 rows -> payload, bit-exact. As encode_quantized; out_bytes is the same memory as `out`, as bytes.
 
     `gap` words are left free behind each segment (float32's low halves go there).

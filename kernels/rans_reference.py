@@ -50,8 +50,7 @@ class Segment:
     def from_words(words: list[int], *, num_dims: int, num_words: int, num_escapes: int) -> Segment:
         lanes = min(LANES, num_dims)
         pairs = [
-            low | (high << 16)
-            for low, high in zip(words[0 : 2 * lanes : 2], words[1 : 2 * lanes : 2], strict=True)
+            low | (high << 16) for low, high in zip(words[0 : 2 * lanes : 2], words[1 : 2 * lanes : 2], strict=True)
         ]
         at = 2 * lanes + num_words
         tail = words[at : at + 2 * num_escapes]

@@ -137,7 +137,13 @@ def main() -> None:
         profile = load_profile(args.profile or args.model / "profile.kvp")
     rows = bench(k, v, rope, profile)
     machine = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
-    result = {**machine, "profile": profile.id, "chunk_tokens": int(k.shape[1]), "values": k.numel() + v.numel(), "levels": rows}
+    result = {
+        **machine,
+        "profile": profile.id,
+        "chunk_tokens": int(k.shape[1]),
+        "values": k.numel() + v.numel(),
+        "levels": rows,
+    }
     print(f"{'level':<9} {'bits':>7} {'ideal':>7} {'ratio':>6} {'err V':>7} {'enc MB/s':>9} {'dec MB/s':>9}")
     for row in rows:
         ideal = "" if row["ideal_bits_per_value"] is None else f"{row['ideal_bits_per_value']:.3f}"

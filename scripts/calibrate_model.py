@@ -24,7 +24,7 @@ from scripts.calibration_report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_REPORT = ROOT / "docs" / "benchmarks" / "profile-bundled-model-202611.md"
-LENGTHS = (600, 800, 1000, 1200, 1536, 700, 900, 1100)
+LENGTHS = (600, 800, 1000, 1200, 1536, 2048, 900, 1800)
 VALIDATION_LENGTHS = (600, 900, 1200, 1500, 1800, 2048, 700, 1000, 1300, 1600, 800, 1900)
 NUM_FACTS = 16
 NUM_TEXT = 2

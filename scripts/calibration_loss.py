@@ -53,15 +53,11 @@ def make_documents(
     has_markers = bos is not None and bos != getattr(tokenizer, "unk_token_id", None)
     for i, length in enumerate(lengths if has_markers else ()):
         made = model_data.recall_document(rng, tokenizer, filler, length, num_facts, chat=i % 3 == 2)
-        probes = [
-            Probe(tokens=q.question_ids + q.answer_ids[:-1], targets=q.answer_ids) for q in made.questions
-        ]
+        probes = [Probe(tokens=q.question_ids + q.answer_ids[:-1], targets=q.answer_ids) for q in made.questions]
         documents.append(Document(context=made.context_ids, probes=probes, kind="recall"))
     for _ in range(num_text if has_markers else num_text + len(lengths)):
         size = max(lengths)
-        run = model_data.take_filler(
-            rng, filler, min(size, len(filler) // 2) + CONTINUATION_TOKENS + 1
-        ).tolist()
+        run = model_data.take_filler(rng, filler, min(size, len(filler) // 2) + CONTINUATION_TOKENS + 1).tolist()
         context, rest = run[:-CONTINUATION_TOKENS], run[-CONTINUATION_TOKENS:]
         head = [bos] if has_markers else []
         probe = Probe(tokens=rest[:-1], targets=rest[1:])
@@ -155,9 +151,7 @@ class ModelLoss:
         )  # fmt: skip
         return torch.log_softmax(out.logits[0, document.rows.to(device)].float(), dim=-1)
 
-    def __call__(
-        self, transform: Callable[[Sample], KV], *, keep_last_tokens: int | None = None
-    ) -> dict[str, float]:
+    def __call__(self, transform: Callable[[Sample], KV], *, keep_last_tokens: int | None = None) -> dict[str, float]:
         """kl, delta_nll, greedy_agreement on answers' tokens (on text if there are none); recall; text_*: on text."""
         sums: dict[str, list[Tensor]] = {}
         recalled: list[bool] = []

@@ -60,10 +60,7 @@ def render(profile: Profile, report: Report, summary: Mapping[str, Any]) -> str:
         "",
         "| rate | " + " | ".join(_COLUMNS) + " |",
         "|" + "---|" * (1 + len(_COLUMNS)),
-        *(
-            f"| {row['rate']} | " + " | ".join(_number(row.get(c)) for c in _COLUMNS) + " |"
-            for row in report.curve
-        ),
+        *(f"| {row['rate']} | " + " | ".join(_number(row.get(c)) for c in _COLUMNS) + " |" for row in report.curve),
         "",
         "## Anchor delta: where it won, and why",
         "",

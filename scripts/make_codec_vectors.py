@@ -57,9 +57,7 @@ def profile_of(case: dict[str, object]) -> Profile:
 
 def digest(k: torch.Tensor, v: torch.Tensor) -> str:
     """SHA-256 of the decoded bytes, k then v."""
-    return hashlib.sha256(
-        b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in (k, v))
-    ).hexdigest()
+    return hashlib.sha256(b"".join(x.contiguous().view(torch.uint8).numpy().tobytes() for x in (k, v))).hexdigest()
 
 
 def main() -> None:

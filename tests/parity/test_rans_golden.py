@@ -18,8 +18,7 @@ def test_golden(case: dict, backend: str) -> None:
     blob = (FOLDER / f"{case['name']}.kvsb").read_bytes()  # a missing vector fails
     expected = json.loads((FOLDER / "decoded.json").read_text(encoding="utf-8"))[case["name"]]
     assert (
-        encode_chunk(*inputs(case["dtype"]), level=case["level"], profile=profile, rope=used, backend=backend)
-        == blob
+        encode_chunk(*inputs(case["dtype"]), level=case["level"], profile=profile, rope=used, backend=backend) == blob
     )
     assert digest(*decode_chunk(blob, profile=profile, rope=used, backend=backend)) == expected
 

@@ -41,9 +41,7 @@ def test_reference_segment_round_trips(tokens: int, dim: int, group: int, spread
     coded = encode_segment(take_deltas(q, group), book.freqs, index, group)
     words = coded.to_words()
     assert len(words) == 2 * min(LANES, dim) + len(coded.words) + 2 * len(coded.escapes)
-    again = Segment.from_words(
-        words, num_dims=dim, num_words=len(coded.words), num_escapes=len(coded.escapes)
-    )
+    again = Segment.from_words(words, num_dims=dim, num_words=len(coded.words), num_escapes=len(coded.escapes))
     assert again == coded
     out = decode_segment(again, book.freqs, index, group, (tokens, dim))
     assert np.array_equal(add_anchors(out, group), q)

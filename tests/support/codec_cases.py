@@ -78,9 +78,7 @@ def make_rope(tokens: int, dims: int, *, start: int = 0) -> RopeTable:
 
 def same_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Equal as bit patterns: NaNs and signed zeros too."""
-    return a.dtype is b.dtype and torch.equal(
-        a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8)
-    )
+    return a.dtype is b.dtype and torch.equal(a.contiguous().view(torch.uint8), b.contiguous().view(torch.uint8))
 
 
 def check_round_trip(
@@ -122,9 +120,7 @@ def shipped_steps(blob: bytes, which: str, profile: Profile) -> np.ndarray:
     )
 
 
-def check_error_bound(
-    old: torch.Tensor, new: torch.Tensor, steps: np.ndarray, rope: RopeTable | None
-) -> None:
+def check_error_bound(old: torch.Tensor, new: torch.Tensor, steps: np.ndarray, rope: RopeTable | None) -> None:
     """|x - decoded| <= step / 2 where it was quantized (before RoPE for keys), plus bf16's and float32's rounding."""
     a, b = old.to(torch.bfloat16).double().numpy(), new.double().numpy()
     ulp = np.abs(b) * 2.0**-8 + np.abs(a) * 2.0**-19

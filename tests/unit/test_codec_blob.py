@@ -39,9 +39,7 @@ def profiles() -> list[Profile]:
 
 
 def encode(level: str, profile: Profile, seed: int = 0) -> bytes:
-    return encode_chunk(
-        *make_kv(LAYOUT, TOKENS, seed=seed), level=level, profile=profile, rope=make_rope(TOKENS, 64)
-    )
+    return encode_chunk(*make_kv(LAYOUT, TOKENS, seed=seed), level=level, profile=profile, rope=make_rope(TOKENS, 64))
 
 
 def decode(blob: bytes, profile: Profile) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,9 +191,10 @@ def test_resealed_mutations_decode_to_finite_numbers_or_a_typed_error() -> None:
             outcomes["refused"] += 1
         else:
             outcomes["decoded"] += 1
-            assert inspect_blob(sealed).kind != 2 or bool(
-                torch.isfinite(k).all() and torch.isfinite(v).all()
-            ), (number, level)
+            assert inspect_blob(sealed).kind != 2 or bool(torch.isfinite(k).all() and torch.isfinite(v).all()), (
+                number,
+                level,
+            )
         if time.monotonic() - started > 20:  # a busy machine: what was tried has passed
             break
     assert outcomes["refused"] > 100

@@ -34,10 +34,7 @@ def test_round_trip(layers, tokens, heads, dims, level, calibrated, with_rope, d
     blob = check_round_trip(k, v, level=level, profile=profile, rope=rope)
     info = inspect_blob(blob)
     assert (info.level, info.num_tokens, info.total_bytes) == (level, tokens, len(blob))
-    assert (
-        info.layout == (layers, heads, *dims)
-        and info.decoded_bytes == (k.numel() + v.numel()) * k.element_size()
-    )
+    assert info.layout == (layers, heads, *dims) and info.decoded_bytes == (k.numel() + v.numel()) * k.element_size()
 
 
 HARD = {
@@ -68,12 +65,7 @@ def test_hard_tensors_keep_the_bound(name: str, calibrated: bool) -> None:
 
 def test_lossless_carries_every_bf16_pattern() -> None:
     layout = make_layout(1, 2, 64, 64)
-    every = (
-        torch.arange(-(2**15), 2**15, dtype=torch.int32)
-        .to(torch.int16)
-        .view(torch.bfloat16)
-        .view(1, 512, 2, 64)
-    )
+    every = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.bfloat16).view(1, 512, 2, 64)
     for profile in (default_profile(layout), make_profile(layout)):
         for level in ("raw", "lossless"):
             check_round_trip(every, every.clone(), level=level, profile=profile, rope=None)
@@ -82,9 +74,7 @@ def test_lossless_carries_every_bf16_pattern() -> None:
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
 @pytest.mark.parametrize("calibrated", [False, True])
-def test_not_finite_is_refused_by_name_at_lossy_levels(
-    dtype: torch.dtype, bad: float, calibrated: bool
-) -> None:
+def test_not_finite_is_refused_by_name_at_lossy_levels(dtype: torch.dtype, bad: float, calibrated: bool) -> None:
     layout = make_layout(3, 2, 64, 64)
     profile = make_profile(layout) if calibrated else default_profile(layout)
     for which in ("K", "V"):
@@ -147,8 +137,7 @@ def test_levels_shrink_and_lossless_shrinks_too() -> None:
         k, v = make_kv(layout, 256)
         k[..., -1] /= 20
         sizes = [
-            len(encode_chunk(k, v, level=n, profile=profile, rope=make_rope(256, 64)))
-            for n in profile.level_names
+            len(encode_chunk(k, v, level=n, profile=profile, rope=make_rope(256, 64))) for n in profile.level_names
         ]
         assert sizes == sorted(sizes, reverse=True)
         assert sizes[0] < (k.numel() + v.numel()) * 2 + 100

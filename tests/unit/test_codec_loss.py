@@ -58,6 +58,4 @@ def test_packed_questions_are_independent(model: LlamaForCausalLM) -> None:
         with torch.inference_mode():
             logits = model(torch.tensor([CONTEXT + probe.tokens])).logits[0, -len(probe.targets) :]
         expected = torch.log_softmax(logits, dim=-1)
-        assert torch.allclose(
-            document.reference[part].exp(), expected.exp(), atol=0.02
-        )  # the cache is bf16 here
+        assert torch.allclose(document.reference[part].exp(), expected.exp(), atol=0.02)  # the cache is bf16 here

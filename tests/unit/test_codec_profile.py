@@ -90,9 +90,7 @@ def test_delta_is_chosen_where_tokens_resemble_their_anchor_and_only_there() -> 
 
 def test_allocation_meets_its_rate_and_spares_the_sensitive() -> None:
     step = np.tile(2.0 ** np.arange(-8, 4)[None], (6, 1)).astype(np.float32)
-    table = RateTable(
-        step=step, rate=np.maximum(2 - np.log2(step), 0.1), distortion=step.astype(float) ** 2 / 12
-    )
+    table = RateTable(step=step, rate=np.maximum(2 - np.log2(step), 0.1), distortion=step.astype(float) ** 2 / 12)
     sensitivity = np.array([1, 1, 1, 1, 64, 64.0])
     choice = allocate(table, sensitivity, 4.0)
     assert float(table.rate[np.arange(6), choice].mean()) == pytest.approx(4.0, abs=0.7)
