@@ -8,6 +8,7 @@ import os
 import socket
 import threading
 import time
+from dataclasses import replace
 from typing import Any
 
 import ray
@@ -107,9 +108,10 @@ class WorkerActor:
 
     def _report(self) -> None:
         """A thread of its own, so that a busy engine is not taken for a dead one."""
+        assert self._worker is not None
         controller = ray.get_actor(CONTROLLER)
         while True:
-            controller.report.remote(self._info.to_wire())
+            controller.report.remote(replace(self._info, stats=self._worker.stats()).to_wire())
             time.sleep(REPORT_S)
 
 

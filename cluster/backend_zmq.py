@@ -74,11 +74,12 @@ class ClusterBackend:
         )
 
     async def metrics_text(self) -> str:
-        """Gauges and counters of all workers that answer, labelled by worker."""
-        lines = []
-        for info, stats in await self._all_stats():
-            for name, value in stats.items():
-                lines.append(f'kvstream_worker_{name}{{worker="{info.id}",role="{info.role}"}} {value:g}')
+        """The workers' counters and gauges as last reported, labelled by worker."""
+        lines = [
+            f'kvstream_{name}{{worker="{info.id}",role="{info.role}"}} {value:g}'
+            for info in self.table
+            for name, value in info.stats.items()
+        ]
         return "\n".join(sorted(lines)) + "\n" if lines else ""
 
     async def health(self) -> dict[str, Any]:
@@ -138,11 +139,6 @@ class ClusterBackend:
                 if "finished" in answer:
                     yield FinishedEvent(**answer["finished"])
                     return
-
-    async def _all_stats(self) -> list[tuple[WorkerInfo, dict[str, float]]]:
-        infos = [info for info in self.table if info.role == "decode"]
-        answers = await asyncio.gather(*(self._call(info, {"kind": "stats"}) for info in infos))
-        return [(info, answer["stats"]) for info, answer in zip(infos, answers, strict=True) if answer is not None]
 
     async def _call(self, info: WorkerInfo, body: dict[str, Any]) -> dict[str, Any] | None:
         try:

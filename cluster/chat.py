@@ -52,13 +52,9 @@ def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_genera
             code="no_chat_template",
             param="messages",
         )
-    conversation = [
-        {"role": m.role, "content": m.text(), **({"name": m.name} if m.name else {})} for m in messages
-    ]
+    conversation = [{"role": m.role, "content": m.text(), **({"name": m.name} if m.name else {})} for m in messages]
     try:
-        text = tokenizer.apply_chat_template(
-            conversation, tokenize=False, add_generation_prompt=add_generation_prompt
-        )
+        text = tokenizer.apply_chat_template(conversation, tokenize=False, add_generation_prompt=add_generation_prompt)
     except (TemplateError, ValueError, TypeError, KeyError) as error:
         message = f"the model's chat template refuses these messages: {error}"
         raise APIError(400, message, code="chat_template_error", param="messages") from None

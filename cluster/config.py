@@ -115,9 +115,7 @@ def config_from(document: YamlDocument, *, base: Path, **overrides: Any) -> Serv
         data["api_keys"] = [data["api_keys"]]
     if isinstance(data.get("model"), str) and "model" not in given and (base / data["model"]).is_dir():
         data["model"] = str((base / data["model"]).resolve())
-    config = check(
-        YamlDocument(name=document.name, data={**data, **given}, lines=document.lines), ServeConfig
-    )
+    config = check(YamlDocument(name=document.name, data={**data, **given}, lines=document.lines), ServeConfig)
     problems = list(_contradictions(document, config))
     if problems:
         raise ConfigError(problems)
@@ -139,9 +137,7 @@ def _policy_of(document: YamlDocument, value: Any, base: Path) -> SLOPolicy:
 def _contradictions(document: YamlDocument, config: ServeConfig) -> list[str]:
     problems: list[str] = []
     if config.kv_blocks is not None and config.kv_memory is not None:
-        problems.append(
-            f"{document.at(('kv_memory',))}: `kv_memory` and `kv_blocks` set the same thing; keep one"
-        )
+        problems.append(f"{document.at(('kv_memory',))}: `kv_memory` and `kv_blocks` set the same thing; keep one")
     for role, count in (("prefill", config.num_prefill), ("decode", config.num_decode)):
         listed = len(getattr(config.link, role))
         if listed > count:
@@ -153,7 +149,5 @@ def _contradictions(document: YamlDocument, config: ServeConfig) -> list[str]:
         )
     if config.num_prefill == 0 and not config.policy.allow_recompute:
         at = document.at(("num_prefill",))
-        problems.append(
-            f"{at}: without prefill workers all is recomputed, but the policy says `recompute: never`"
-        )
+        problems.append(f"{at}: without prefill workers all is recomputed, but the policy says `recompute: never`")
     return problems

@@ -76,11 +76,7 @@ class AnswerFormat:
     def whole(self, pieces: Sequence[Piece], done: Done) -> dict[str, Any]:
         """The body of an answer that is not streamed."""
         text = "".join(piece.text for piece in pieces) + done.text
-        content = (
-            {"text": text}
-            if self.kind == "completion"
-            else {"message": {"role": "assistant", "content": text}}
-        )
+        content = {"text": text} if self.kind == "completion" else {"message": {"role": "assistant", "content": text}}
         choice: dict[str, Any] = {**self._choice(content), "finish_reason": done.finish_reason}
         body = self._chunk([choice], streamed=False)
         if self.prompt_token_ids is not None:
@@ -98,9 +94,7 @@ class AnswerFormat:
         chat = self.kind == "chat"
         chunk: dict[str, Any] = {
             "id": f"{'chatcmpl' if chat else 'cmpl'}-{self.request_id}",
-            "object": ("chat.completion.chunk" if streamed else "chat.completion")
-            if chat
-            else "text_completion",
+            "object": ("chat.completion.chunk" if streamed else "chat.completion") if chat else "text_completion",
             "created": self.created,
             "model": self.model,
             "choices": choices,

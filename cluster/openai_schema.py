@@ -70,9 +70,7 @@ _ERROR_TYPES = {
 class APIError(Exception):
     """An error that a client sees: HTTP status and the body OpenAI's clients know."""
 
-    def __init__(
-        self, status: int, message: str, *, code: str | None = None, param: str | None = None
-    ) -> None:
+    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
         super().__init__(message)
         self.status = status
         self.message = message
@@ -243,9 +241,7 @@ def refuse_unsupported(data: dict[str, Any]) -> None:
     """Raises APIError for a field that would change the answer and that this server does not have."""
     for name, inert in _INERT.items():
         value = data.get(name)
-        if value is None or any(
-            value == ok and isinstance(value, bool) == isinstance(ok, bool) for ok in inert
-        ):
+        if value is None or any(value == ok and isinstance(value, bool) == isinstance(ok, bool) for ok in inert):
             continue
         allowed = f"; leave it out or send {inert[0]!r}" if inert else "; leave it out"
         raise APIError(400, f"`{name}` is not supported{allowed}", code="unsupported", param=name)
@@ -255,27 +251,19 @@ def check_kv_options(options: KVOptions, levels: Sequence[str]) -> None:
     """Raises APIError 400 naming the levels there are."""
     if options.mode not in ("auto", "text", *levels):
         known = ", ".join(("auto", "text", *levels))
-        raise APIError(
-            400, f"unknown KV mode {options.mode!r}; one of {known}", code="unknown_level", param="kv.mode"
-        )
+        raise APIError(400, f"unknown KV mode {options.mode!r}; one of {known}", code="unknown_level", param="kv.mode")
     if options.floor is not None and options.floor not in levels:
         known = ", ".join(levels)
-        raise APIError(
-            400, f"unknown level {options.floor!r}; one of {known}", code="unknown_level", param="kv.floor"
-        )
+        raise APIError(400, f"unknown level {options.floor!r}; one of {known}", code="unknown_level", param="kv.floor")
 
 
-def resolve_max_tokens(
-    wanted: int | None, *, prompt_tokens: int, max_context: int, default: int | None
-) -> int:
+def resolve_max_tokens(wanted: int | None, *, prompt_tokens: int, max_context: int, default: int | None) -> int:
     """How many tokens may be generated. `default` None: all that the context leaves. Raises APIError 400."""
     room = max_context - prompt_tokens
     if wanted is None and room >= 1:
         return min(default, room) if default is not None else room
     if wanted is None or wanted > room:
-        asked = (
-            f"{wanted} tokens to generate (max_tokens)" if wanted is not None else "at least one to generate"
-        )
+        asked = f"{wanted} tokens to generate (max_tokens)" if wanted is not None else "at least one to generate"
         raise APIError(
             400,
             f"the model's context is {max_context} tokens, but the request needs "

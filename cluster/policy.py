@@ -41,9 +41,7 @@ def load_policy(path: str | Path, *, known_levels: Sequence[str] = KNOWN_LEVELS)
     return policy_from(read_yaml(path), known_levels=known_levels)
 
 
-def parse_policy(
-    text: str, *, name: str = "<policy>", known_levels: Sequence[str] = KNOWN_LEVELS
-) -> SLOPolicy:
+def parse_policy(text: str, *, name: str = "<policy>", known_levels: Sequence[str] = KNOWN_LEVELS) -> SLOPolicy:
     """The same for text in memory."""
     return policy_from(parse_yaml(text, name=name), known_levels=known_levels)
 
@@ -75,18 +73,14 @@ def _level_problems(document: YamlDocument, levels: Sequence[str], known: Sequen
     for i, level in enumerate(levels):
         at = document.at(("levels", i))
         if level == "text":
-            problems.append(
-                f"{at}: `text` is not a level; computing from text is set by `recompute: allow` or `never`"
-            )
+            problems.append(f"{at}: `text` is not a level; computing from text is set by `recompute: allow` or `never`")
         elif level not in known:
             hint = did_you_mean(level, known) or f"; the levels are {', '.join(known)}"
             problems.append(f"{at}: unknown level `{level}`{hint}")
         elif level in levels[:i]:
             problems.append(f"{at}: level `{level}` is listed twice; leave one out")
         elif known.index(level) < best_so_far:
-            problems.append(
-                f"{at}: levels go from best to worst, so `{level}` belongs before `{levels[i - 1]}`"
-            )
+            problems.append(f"{at}: levels go from best to worst, so `{level}` belongs before `{levels[i - 1]}`")
         else:
             best_so_far = known.index(level)
     return problems

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 SUSPECT_S = 3.0  # silent for so long: nothing new is routed to the worker
@@ -21,7 +21,7 @@ Role = Literal["prefill", "decode"]
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
     """A worker's report. `endpoint`: where KV (prefill) or tokens (decode) are served; an incarnation is one life of
-    the worker's process."""
+    the worker's process; `stats`: its counters and gauges, by metric name without prefix."""
 
     id: str
     role: Role
@@ -29,6 +29,7 @@ class WorkerInfo:
     endpoint: str
     public_key: str | None = None
     is_suspect: bool = False
+    stats: Mapping[str, float] = field(default_factory=dict)
 
     def to_wire(self) -> dict[str, Any]:
         return asdict(self)

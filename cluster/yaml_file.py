@@ -131,9 +131,7 @@ def _problem(document: YamlDocument, model: type[BaseModel], item: dict[str, Any
     message = item["msg"].removeprefix("Value error, ")
     came = item.get("input")
     tail = f" (got {came!r})" if item["type"] != "value_error" and not isinstance(came, dict) else ""
-    return (
-        f"{document.at(where)}: `{shown}`: {message}{tail}" if shown else f"{document.at(where)}: {message}"
-    )
+    return f"{document.at(where)}: `{shown}`: {message}{tail}" if shown else f"{document.at(where)}: {message}"
 
 
 def _known_keys(model: type[BaseModel], where: Where) -> list[str]:

@@ -39,6 +39,7 @@ from decode.fill import (
 from prefill.runtime import ModelRuntime
 from transport import events as wire
 from transport.curve import CurveKeys
+from transport.errors import UnknownTransfer
 from transport.kv_client import KVClient
 
 log = logging.getLogger("kvstream.decode")
@@ -178,12 +179,8 @@ class KVPuller:
         size = fill.machine.spec.chunk_tokens
         for command in commands:
             match command:
-                case Ask():
-                    assert fill.transfer_id is not None
-                    self._client.request(fill.transfer_id, command.chunk, command.level)
-                case Withdraw():
-                    assert fill.transfer_id is not None
-                    self._client.withdraw(fill.transfer_id, command.chunk)
+                case Ask() | Withdraw():
+                    self._tell_source(fill, command)
                 case Decode():
                     self._owner.pin(fill.key)
                     self._jobs.put((fill, command))
@@ -198,6 +195,16 @@ class KVPuller:
                     del self._fills[fill.key]
                     self._close(fill, command.message)
                     self._owner.fill_failed(fill.key, command.code, command.message)
+
+    def _tell_source(self, fill: Fill, command: Ask | Withdraw) -> None:
+        assert fill.transfer_id is not None
+        try:
+            if isinstance(command, Ask):
+                self._client.request(fill.transfer_id, command.chunk, command.level)
+            else:
+                self._client.withdraw(fill.transfer_id, command.chunk)
+        except UnknownTransfer:
+            log.debug("%s: the transfer has ended; TransferLost is on its way", fill.key)
 
     def _on_event(self, event: wire.TransferEvent) -> None:
         """In the client's thread."""

@@ -103,7 +103,7 @@ class DecodeWorker:
             return {
                 **{f"decode_{name}": value for name, value in self._counters.items()},
                 **{f"decode_{name}": value for name, value in self._puller.counters.items()},
-                "num_requests_running": len(self._scheduler),
+                "decode_sequences": len(self._scheduler),
                 "num_requests_waiting": len(self._waiting),
                 "kv_cache_usage_perc": allocator.num_used / allocator.num_blocks,
             }
@@ -139,8 +139,6 @@ class DecodeWorker:
                 with self._lock:
                     receipt = self._receipts.get(str(body.get("request_id")))
                 self.server.send(stream_id, {"receipt": receipt}, last=True)
-            case "stats":
-                self.server.send(stream_id, {"stats": self.stats()}, last=True)
             case other:
                 self.server.refuse(stream_id, f"unknown kind of request {other!r}")
 
@@ -321,15 +319,11 @@ class DecodeWorker:
         for row in rows:
             if row.sample:
                 state = self._requests.get(row.sequence.key)
-                rng = state.rng if state is not None else None  # None: cancelled during the step
-                draw = (
-                    None
-                    if rng is None
-                    else sample(next(tokens), row.sequence.request.sampling, len(row.sequence.output), rng)
-                )
-                if rng is None:
-                    next(tokens)
-                drawn.append(draw)
+                logits_row = next(tokens)
+                if state is None:  # cancelled during the step
+                    drawn.append(None)
+                else:
+                    drawn.append(sample(logits_row, state.request.sampling, len(row.sequence.output), state.rng))
         with self._lock:
             self._after_step(rows, drawn, now - begin, now)
 

@@ -100,7 +100,8 @@ def test_a_client_that_leaves_gives_everything_back(cluster) -> None:
 def test_metrics_and_health(cluster) -> None:
     text = httpx.get(f"{cluster.base_url}/metrics").text
     assert "kvstream_time_to_first_token_seconds" in text
-    assert 'kvstream_worker_kv_cache_usage_perc{worker="decode-0",role="decode"}' in text
+    assert 'kvstream_store_chunks{worker="prefill-1",role="prefill"}' in text
+    assert 'kvstream_kv_cache_usage_perc{worker="decode-0",role="decode"}' in text
     assert httpx.get(f"{cluster.base_url}/health").json()["status"] == "ok"
 
 

@@ -116,9 +116,7 @@ class FakeBackend:
 def make_app(backend: FakeBackend, **options: Any) -> FastAPI:
     """The gateway over a fake."""
     card = ModelCard(id="tiny", max_context=MAX_CONTEXT, vocab_size=257)
-    return create_app(
-        backend, models=[card], tokenizer=ByteTokenizer(), levels=LEVELS, eos_token_ids=(EOS,), **options
-    )
+    return create_app(backend, models=[card], tokenizer=ByteTokenizer(), levels=LEVELS, eos_token_ids=(EOS,), **options)
 
 
 @contextlib.contextmanager

@@ -8,8 +8,8 @@ import torch
 from kernels.attention import HIDDEN_BIAS, TILE_TOKENS, merge_tiles, tile_partials
 from kernels.attention_reference import attention_reference
 from prefill.attention import AttentionRule, PagedBatch, Span
-from prefill.kv_pool import KVPool
 from prefill.kv_layout import KVLayout
+from prefill.kv_pool import KVPool
 
 H, HQ, D, DV = 2, 6, 16, 8
 LAYOUT = KVLayout(num_layers=1, num_kv_heads=H, head_dim_k=D, head_dim_v=DV, dtype="float32")

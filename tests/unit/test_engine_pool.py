@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from prefill.kv_pool import KVPool
 from prefill.kv_layout import KVLayout
+from prefill.kv_pool import KVPool
 
 LAYOUT = KVLayout(num_layers=2, num_kv_heads=3, head_dim_k=8, head_dim_v=4, dtype="bfloat16")
 TABLES = {"neighbours": [2, 3, 4, 5], "scattered": [7, 0, 3, 5]}
