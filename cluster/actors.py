@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import uvicorn
+from transformers import AutoTokenizer
 
 from cluster.backend_zmq import ClusterBackend
 from cluster.gateway import create_app
@@ -129,34 +130,35 @@ class GatewayActor:
         *,
         model_path: str,
         model_name: str,
-        model: dict[str, Any],
         chunk_tokens: int,
         host: str,
         port: int,
         api_keys: tuple[str, ...],
         curve: CurveKeys | None,
     ) -> None:
-        from transformers import AutoTokenizer  # slow to import, and only this actor needs it
-
         self._controller = ray.get_actor(CONTROLLER)
         self._backend = ClusterBackend(chunk_tokens=chunk_tokens, curve=curve)
-        app = create_app(
-            self._backend,
-            models=[ModelCard(id=model_name, max_context=model["max_context"], vocab_size=model["vocab_size"])],
-            tokenizer=AutoTokenizer.from_pretrained(model_path),
-            levels=model["levels"],
-            eos_token_ids=model["eos_token_ids"],
-            api_keys=api_keys,
-        )
+        self._model_name, self._api_keys = model_name, api_keys
+        self._tokenizer = AutoTokenizer.from_pretrained(model_path)
         self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET)
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind((host, port))
+
+    def ping(self) -> None:
+        """Returns while the gateway is alive."""
+
+    async def start(self, model: dict[str, Any], num_workers: int, timeout_s: float) -> int:
+        """Begin to serve once all workers have reported; the port. `model`: what a worker's `ready` told."""
+        app = create_app(
+            self._backend,
+            models=[ModelCard(id=self._model_name, max_context=model["max_context"], vocab_size=model["vocab_size"])],
+            tokenizer=self._tokenizer,
+            levels=model["levels"],
+            eos_token_ids=model["eos_token_ids"],
+            api_keys=self._api_keys,
+        )
         config = uvicorn.Config(app, log_level="warning", access_log=False, timeout_keep_alive=75)
         self._server = uvicorn.Server(config)
-        self._server.install_signal_handlers = lambda: None  # type: ignore[attr-defined]
-
-    async def start(self, num_workers: int, timeout_s: float) -> int:
-        """Begin to serve once all workers have reported; the port."""
         self._tasks = [asyncio.create_task(self._follow_controller())]
         deadline = time.monotonic() + timeout_s
         while len(self._backend.table) < num_workers:

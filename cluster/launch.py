@@ -28,6 +28,7 @@ from transport.curve import CurveKeys
 
 NAMESPACE = "kvstream"
 START_TIMEOUT_S = 180.0
+GATEWAY_CHECK_S = 5.0
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least; nothing of ours goes through it
 ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -71,9 +72,18 @@ def serve(config: ServeConfig) -> None:
             f"serving [bold]{cluster.model_name}[/bold] at [bold]{cluster.base_url}[/bold] with "
             f"{config.num_prefill} prefill and {config.num_decode} decode workers; Ctrl-C stops"
         )
-        stopped.wait()
+        while not stopped.wait(GATEWAY_CHECK_S):
+            _check_gateway(cluster)
     finally:
         context.__exit__(None, None, None)
+
+
+def _check_gateway(cluster: RunningCluster) -> None:
+    """Workers are restarted by Ray; without its gateway the server is of no use to anybody."""
+    try:
+        ray.get(cluster.gateway.ping.remote(), timeout=60)
+    except ray.exceptions.RayError as error:
+        raise StartRefused(f"the gateway has ended: {_cause(error)}; start the server again") from error
 
 
 def _connect(config: ServeConfig) -> None:
@@ -87,6 +97,7 @@ def _connect(config: ServeConfig) -> None:
     try:
         if config.address == "local":
             ray.init(
+                address="local",  # never one that happens to run here
                 num_cpus=os.cpu_count(),
                 resources={"prefill": max(config.num_prefill, 1), "decode": config.num_decode},
                 include_dashboard=False,
@@ -143,16 +154,13 @@ def _start(config: ServeConfig) -> RunningCluster:
                 worker=worker,
                 advertise=link.advertise,
             )
-    model = _wait_until_ready(workers)
-    _check_policy(config, model["levels"])
     name = config.model_name or Path(config.model).resolve().name
-    gateway = (
+    gateway = (  # made while the workers load, so that its own imports do not add to the start
         ray.remote(GatewayActor)
         .options(num_cpus=0, runtime_env={"env_vars": {**ENVIRONMENT, **limit_threads(1)}})
         .remote(
             model_path=runtime["path"],
             model_name=name,
-            model=model,
             chunk_tokens=config.chunk_tokens,
             host=config.host,
             port=config.port,
@@ -160,8 +168,10 @@ def _start(config: ServeConfig) -> RunningCluster:
             curve=client_keys,
         )
     )
+    model = _wait_until_ready(workers)
+    _check_policy(config, model["levels"])
     try:
-        port = ray.get(gateway.start.remote(len(workers), START_TIMEOUT_S), timeout=START_TIMEOUT_S)
+        port = ray.get(gateway.start.remote(model, len(workers), START_TIMEOUT_S), timeout=START_TIMEOUT_S)
     except ray.exceptions.RayError as error:
         raise StartRefused(f"the gateway could not start on {config.host}:{config.port}: {_cause(error)}") from error
     host = f"[{config.host}]" if ":" in config.host else config.host

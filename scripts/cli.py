@@ -143,6 +143,7 @@ def serve(
 def demo(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the numbers to this file.")] = None,
     report: Annotated[Path, typer.Option(help="Folder of the HTML report.")] = Path("demo-report"),
+    repeats: Annotated[int, typer.Option(help="Ask each question so often: slower, less noisy.", min=1)] = 1,
 ) -> None:
     """Questions about stored documents over links of several speeds, each served in four ways. Takes minutes."""
     check_environment()
@@ -154,7 +155,7 @@ def demo(
     for target in (json_file, report):
         check_writable(target)
     with clean_errors(ConfigError, StartRefused, ModelRefused):
-        raise typer.Exit(run_demo(json_file, report) or 0)
+        raise typer.Exit(run_demo(json_file, report, repeats) or 0)
 
 
 @app.command()
