@@ -51,6 +51,8 @@ def _ttft_plot(rows: list[dict[str, Any]]) -> plt.Figure:
         axes.plot(range(len(speeds)), times, marker="o", label=way)
     axes.set_xticks(range(len(speeds)), labels)
     axes.set_yscale("log")
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter("{x:g}")
     axes.set_xlabel("link, Mbit/s")
     axes.set_ylabel("time to first token, ms")
     axes.grid(alpha=0.3, which="both")
