@@ -311,7 +311,7 @@ def fact_sequence(
     # A fact and its question take about 25 tokens as completion and 45 in chat.
     cost = 45 if shape == "chat" else 26
     most = max(2, min(48, int(length * 0.75) // cost))
-    count = most if dense else rng.randint(max(2, most // 4), most)
+    count = most if dense else rng.randint(max(2, most // 8), max(2, most // 2))
     facts = make_facts(rng, count)
     sequence = TrainingSequence([], [], [])
     sequence.add([special_id(tokenizer, BOS)], IGNORE)

@@ -250,8 +250,17 @@ class Curriculum:
 
     def draw_kind(self, rng: random.Random) -> str:
         """Copying first; text gets its share once short recall works."""
-        weights = [0.35, 0.5, 0.15] if self.level == 0 else [0.06, 0.7, 0.24]
+        if self.level == 0:
+            weights = [0.35, 0.5, 0.15]
+        elif self.level < len(LENGTHS) - 1:
+            weights = [0.06, 0.7, 0.24]
+        else:
+            weights = [0.05, 0.65, 0.3]
         return rng.choices(["copy", "facts", "text"], weights)[0]
+
+    def dense_share(self) -> float:
+        """Share of the fact documents that are packed with facts: all of the first ones, few of the last."""
+        return (1.0, 0.3, 0.3, 0.3, 0.1)[self.level]
 
     def loss_weights(self) -> tuple[float, float]:
         """(asked values, copied segments) against 1 for text.
@@ -283,7 +292,7 @@ def make_batch(
             sequences.append(copy_sequence(rng, tokenizer, vocab_size, length))
         elif kind == "facts":
             sequences.append(
-                fact_sequence(rng, tokenizer, stream, length, dense=curriculum.level == 0 or rng.random() < 0.3)
+                fact_sequence(rng, tokenizer, stream, length, dense=rng.random() < curriculum.dense_share())
             )
         else:
             sequences.append(text_sequence(rng, tokenizer, stream, length))
