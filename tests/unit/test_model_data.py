@@ -53,6 +53,19 @@ def test_recall_document_is_as_long_as_asked_and_holds_its_answers(tokenizer, fi
     assert len({q.fact.subject.replace(q.fact.name, "") for q in document.questions}) == 1, "one wording"
 
 
+def test_a_chat_prompt_is_what_the_chat_template_makes(tokenizer, filler):
+    from transformers import AutoTokenizer
+
+    chat = AutoTokenizer.from_pretrained(MODEL)
+    document = recall_document(random.Random(3), chat, filler, 400, 8, chat=True)
+    prompt = chat.decode(document.context_ids + document.questions[0].question_ids)
+    content = prompt.removeprefix("<|bos|><|user|>\n").removesuffix("<|end|>\n<|assistant|>\n")
+    assert len(content) == len(prompt) - len("<|bos|><|user|>\n<|end|>\n<|assistant|>\n")
+    messages = [{"role": "user", "content": content}]
+    assert chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == prompt
+    assert document == recall_document(random.Random(3), tokenizer, filler, 400, 8, chat=True), "either tokenizer"
+
+
 def test_the_same_seed_gives_the_same_document(tokenizer, filler):
     first, second, third = (recall_document(random.Random(s), tokenizer, filler, 600, 8) for s in (7, 7, 8))
     assert first == second
