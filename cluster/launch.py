@@ -24,7 +24,7 @@ from cluster.actors import CONTROLLER, Controller, GatewayActor, WorkerActor
 from cluster.config import ServeConfig, StartRefused, WorkerLink
 from cluster.routing import Role
 from prefill.runtime import limit_threads
-from transport.curve import CurveKeys
+from transport.curve import CurveKeys, is_loopback
 
 NAMESPACE = "kvstream"
 START_TIMEOUT_S = 180.0
@@ -62,16 +62,18 @@ def serve(config: ServeConfig) -> None:
     """`kvstream serve`: run until interrupted."""
     console = Console(stderr=True)
     stopped = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *_: stopped.set())
     with console.status("starting workers ..."):
         context = running_cluster(config)
         cluster = context.__enter__()
+    for number in (signal.SIGINT, signal.SIGTERM):  # after ray.init, which sets a handler of its own
+        signal.signal(number, lambda *_: stopped.set())
     try:
         console.print(
             f"serving [bold]{cluster.model_name}[/bold] at [bold]{cluster.base_url}[/bold] with "
             f"{config.num_prefill} prefill and {config.num_decode} decode workers; Ctrl-C stops"
         )
+        if not config.api_keys and not is_loopback(f"tcp://{config.host}:{config.port}"):
+            console.print("[yellow]anyone who can reach this address may use it: set api_keys or --api-key[/yellow]")
         while not stopped.wait(GATEWAY_CHECK_S):
             _check_gateway(cluster)
     finally:
