@@ -1,7 +1,7 @@
 """The chunk store in RAM: encoded chunks by key and level, least recently used out first. Thread-safe, no torch.
 
 An entry's *master* is its lossless encoding, from which any level can be made again. Other levels are kept beside it
-while there is room: they are dropped before any master is, because they can be rebuilt.
+in the room that masters leave: they are dropped before any master is and never cost one, because they can be rebuilt.
 """
 
 from __future__ import annotations
@@ -33,24 +33,27 @@ class ChunkStore:
         self._lock = threading.Lock()
         self._masters: OrderedDict[bytes, bytes] = OrderedDict()
         self._derived: OrderedDict[tuple[bytes, str], bytes] = OrderedDict()
-        self._used_bytes = 0
+        self._derived_sizes: dict[bytes, dict[str, int]] = {}  # by key: a look at one chunk must not scan all
+        self._used_bytes = self._master_bytes = 0
         self._hits = self._misses = self._evictions = 0
 
     def put(self, key: bytes, level: str, blob: bytes) -> bool:
-        """Keep a blob; the same key and level replaces. False if it alone is larger than the store, or it is a derived
-        level without its master (it would be the first to go and could not be rebuilt)."""
+        """Keep a blob; the same key and level replaces. False if it is larger than the store (a derived level: than
+        what masters leave of it), or a derived level without its master (which could not be rebuilt)."""
         with self._lock:
-            if len(blob) > self._capacity_bytes or (level != MASTER_LEVEL and key not in self._masters):
+            is_master = level == MASTER_LEVEL
+            taken_bytes = 0 if is_master else self._master_bytes
+            if taken_bytes + len(blob) > self._capacity_bytes or not (is_master or key in self._masters):
                 return False
             self._remove(key, level)
-            self._make_room(len(blob), keep=key)
-            if self._used_bytes + len(blob) > self._capacity_bytes:
-                return False  # only this chunk's own master is left, and both do not fit
+            self._make_room(len(blob))
             self._used_bytes += len(blob)
-            if level == MASTER_LEVEL:
+            if is_master:
                 self._masters[key] = blob
+                self._master_bytes += len(blob)
             else:
                 self._derived[key, level] = blob
+                self._derived_sizes.setdefault(key, {})[level] = len(blob)
             return True
 
     def get(self, key: bytes, level: str) -> bytes | None:
@@ -73,8 +76,7 @@ class ChunkStore:
             master = self._masters.get(key)
             if master is None:
                 return None
-            known = {level: len(blob) for (other, level), blob in self._derived.items() if other == key}
-            return {MASTER_LEVEL: len(master), **known}
+            return {MASTER_LEVEL: len(master), **self._derived_sizes.get(key, {})}
 
     def stats(self) -> StoreStats:
         with self._lock:
@@ -91,22 +93,33 @@ class ChunkStore:
     def check_integrity(self) -> None:
         """The bytes add up and stay within the capacity; every derived blob has its master."""
         with self._lock:
-            total = sum(map(len, self._masters.values())) + sum(map(len, self._derived.values()))
+            masters_bytes = sum(map(len, self._masters.values()))
+            total = masters_bytes + sum(map(len, self._derived.values()))
+            assert masters_bytes == self._master_bytes, (masters_bytes, self._master_bytes)
             assert total == self._used_bytes <= self._capacity_bytes, (total, self._used_bytes)
             assert all(key in self._masters for key, _ in self._derived), "a derived blob without its master"
+            sizes = {(key, level): size for key, of in self._derived_sizes.items() for level, size in of.items()}
+            assert sizes == {name: len(blob) for name, blob in self._derived.items()}
 
     def _remove(self, key: bytes, level: str) -> None:
-        blob = self._masters.pop(key, None) if level == MASTER_LEVEL else self._derived.pop((key, level), None)
-        self._used_bytes -= len(blob) if blob is not None else 0
+        is_master = level == MASTER_LEVEL
+        blob = self._masters.pop(key, None) if is_master else self._derived.pop((key, level), None)
+        if blob is None:
+            return
+        self._used_bytes -= len(blob)
+        if is_master:
+            self._master_bytes -= len(blob)
+            return
+        del self._derived_sizes[key][level]
+        if not self._derived_sizes[key]:
+            del self._derived_sizes[key]
 
-    def _make_room(self, wanted_bytes: int, *, keep: bytes) -> None:
-        while self._used_bytes + wanted_bytes > self._capacity_bytes and self._derived:
-            self._evict(*next(iter(self._derived)))
+    def _make_room(self, wanted_bytes: int) -> None:
         while self._used_bytes + wanted_bytes > self._capacity_bytes:
-            victim = next((key for key in self._masters if key != keep), None)
-            if victim is None:
-                return
-            self._evict(victim, MASTER_LEVEL)
+            if self._derived:
+                self._evict(*next(iter(self._derived)))
+            else:
+                self._evict(next(iter(self._masters)), MASTER_LEVEL)
 
     def _evict(self, key: bytes, level: str) -> None:
         self._remove(key, level)
