@@ -252,9 +252,7 @@ class PrefillWorker:
                     self._lock.wait_for(lambda: len(self._fresh) < MAX_FRESH_CHUNKS or self._stopping)
                     if transfer.closed or self._stopping:
                         return
-                master = self.store.get(key, MASTER_LEVEL)
-                if master is not None:
-                    runtime.decode_into_pages(master, table, start=start, stop=stop)
+                if self._reuse(key, table, start=start, stop=stop):
                     continue
                 tokens = transfer.token_ids[start:stop]
                 runtime.engine.forward([SequenceSlice(token_ids=tokens, start=start, block_table=table)])
@@ -268,6 +266,19 @@ class PrefillWorker:
             with self._lock:
                 runtime.allocator.free(table)
                 transfer.is_computing = False
+
+    def _reuse(self, key: bytes, table: list[int], *, start: int, stop: int) -> bool:
+        """Put a chunk that was computed before into the pages, if it is here. The fresh ones are looked at first:
+        a chunk leaves them only when its master is in the store."""
+        with self._lock:
+            fresh = self._fresh.get(key)
+        if fresh is not None:
+            self._runtime.pool.write(table, start, fresh.k, fresh.v)
+            return True
+        master = self.store.get(key, MASTER_LEVEL)
+        if master is not None:
+            self._runtime.decode_into_pages(master, table, start=start, stop=stop)
+        return master is not None
 
     def _wake_waiting(self, key: bytes) -> None:
         """Whoever waits for this chunk, whichever transfer had it computed, can be served now."""
