@@ -53,7 +53,7 @@ class WorkerLink(BaseModel):
 
 
 class Links(BaseModel):
-    """Endpoints of single workers (prefill: KV, decode: tokens), in their order; those not listed choose for themselves."""
+    """Endpoints of single workers (prefill: KV, decode: tokens), in their order; others choose for themselves."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
