@@ -45,7 +45,7 @@ class _Transfer:
     keys: list[bytes]
     chunk_tokens: int
     waiting: set[int] = field(default_factory=set)  # chunks asked for that are not there yet
-    is_computing: bool = False
+    is_computing: bool = False  # or waits for its turn
     closed: bool = False
 
 
@@ -196,16 +196,22 @@ class PrefillWorker:
                 self.server.fail(event.transfer_id, event.chunk, reason)
             elif self._sizes(transfer.keys[event.chunk]) is not None:
                 self._push(URGENT, (event.transfer_id, event.chunk))
-            elif transfer.is_computing or len(self._prefills) < MAX_WAITING_PREFILLS:
-                # The prompt is computed only when a chunk of it is wanted: the receiver may compute it itself instead.
-                transfer.waiting.add(event.chunk)
-                if not transfer.is_computing:
-                    transfer.is_computing = True
-                    self._prefills.append(event.transfer_id)
-                    self._lock.notify_all()
             else:
-                reason = f"busy: {len(self._prefills)} prompts wait to be computed"
-                self.server.fail(event.transfer_id, event.chunk, reason)
+                self._want_computed(event.transfer_id, transfer, event.chunk)
+
+    def _want_computed(self, transfer_id: str, transfer: _Transfer, chunk: int) -> None:
+        """The prompt is computed only when a chunk of it is wanted: the receiver may compute it itself instead."""
+        if not transfer.is_computing and len(self._prefills) >= MAX_WAITING_PREFILLS:
+            self.server.fail(transfer_id, chunk, f"busy: {len(self._prefills)} prompts wait to be computed")
+            return
+        transfer.waiting.add(chunk)
+        if not transfer.is_computing:
+            self._queue_prefill(transfer_id, transfer)
+
+    def _queue_prefill(self, transfer_id: str, transfer: _Transfer) -> None:
+        transfer.is_computing = True
+        self._prefills.append(transfer_id)
+        self._lock.notify_all()
 
     def _push(self, urgency: int, job: Any) -> None:
         heapq.heappush(self._encodes, (urgency, next(self._order), job))
@@ -234,6 +240,9 @@ class PrefillWorker:
                 transfer_id = self._prefills.popleft()
                 transfer = self._transfers.get(transfer_id)
                 self._computing = True
+                if transfer is not None and not transfer.waiting:
+                    transfer.is_computing = False  # another transfer had the same chunks computed meanwhile
+                    transfer = None
             if transfer is not None:
                 self._compute(transfer_id, transfer)
 
@@ -253,6 +262,8 @@ class PrefillWorker:
                     if transfer.closed or self._stopping:
                         return
                 if self._reuse(key, table, start=start, stop=stop):
+                    with self._lock:
+                        self._wake_waiting(key)
                     continue
                 tokens = transfer.token_ids[start:stop]
                 runtime.engine.forward([SequenceSlice(token_ids=tokens, start=start, block_table=table)])
@@ -266,6 +277,9 @@ class PrefillWorker:
             with self._lock:
                 runtime.allocator.free(table)
                 transfer.is_computing = False
+                if transfer.waiting and not transfer.closed and not self._stopping:
+                    # Asked for after this run had passed it, and gone from a store that is too small for the prompt.
+                    self._queue_prefill(transfer_id, transfer)
 
     def _reuse(self, key: bytes, table: list[int], *, start: int, stop: int) -> bool:
         """Put a chunk that was computed before into the pages, if it is here. The fresh ones are looked at first:
@@ -320,8 +334,13 @@ class PrefillWorker:
     def _encode_for(self, transfer_id: str, chunk: int) -> None:
         with self._lock:
             transfer = self._transfers.get(transfer_id)
-        level = self.server.take(transfer_id, chunk) if transfer is not None else None
-        if transfer is None or level is None:
+            if transfer is None:
+                return
+            if self._sizes(transfer.keys[chunk]) is None:  # evicted since it was asked for
+                self._want_computed(transfer_id, transfer, chunk)
+                return
+        level = self.server.take(transfer_id, chunk)
+        if level is None:
             return  # withdrawn or closed in the meantime
         try:
             blob = self._blob(transfer, chunk, level)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import queue
 import random
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -12,10 +13,11 @@ from typing import Any
 import pytest
 from pair import make_runtime
 
+from prefill.engine import Engine
 from prefill.runtime import ModelRuntime
 from prefill.store import MASTER_LEVEL
 from prefill.worker import PrefillWorker
-from transport.events import BlobArrived, ChunkFailed, Opened, PartArrived, Refused, TransferEvent, TransferLost
+from transport.events import BlobArrived, Opened, PartArrived, TransferEvent
 from transport.kv_client import KVClient
 
 CHUNK = 32
@@ -121,3 +123,75 @@ def test_a_prompt_is_taken_up_while_its_chunks_still_wait_for_the_encoder(monkey
             assert isinstance(event, BlobArrived) and event.chunk == chunk, event
         assert worker.wait_until_idle(LATEST_S)
         assert worker.stats()["prefill_computed_tokens_total"] == 8 * CHUNK
+
+
+def in_store(worker: PrefillWorker) -> int:
+    return worker.store.stats().num_chunks
+
+
+SMALL_STORE = 100_000  # two chunks of this model
+
+
+def test_a_chunk_that_was_evicted_is_computed_again() -> None:
+    with serving(store_bytes=SMALL_STORE) as receiver:
+        tokens = prompt(8 * CHUNK + 1, seed=4)
+        transfer_id, _ = receiver.opened(tokens)
+        first = receiver.blobs(transfer_id, 7)
+        assert receiver.worker.wait_until_idle(LATEST_S)
+        assert in_store(receiver.worker) == 2
+        again = receiver.blobs(receiver.opened(tokens)[0], *range(8))
+        assert len(again) == 8 and again[7] == first[7]
+
+
+def test_a_chunk_asked_for_after_the_computation_has_passed_and_lost_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(store_bytes=SMALL_STORE) as receiver:
+        worker, gate = receiver.worker, threading.Event()
+        forward = Engine.forward
+
+        def slow_forward(engine: Engine, slices: Any) -> Any:
+            if slices[0].start == 6 * CHUNK:
+                assert gate.wait(LATEST_S)
+            return forward(engine, slices)
+
+        monkeypatch.setattr(Engine, "forward", slow_forward)
+        transfer_id, _ = receiver.opened(prompt(8 * CHUNK + 1, seed=5))
+        receiver.client.request(transfer_id, 7, MASTER_LEVEL)
+        with worker._lock:
+            passed = lambda: not worker._fresh and worker._counters["encoded_chunks_total"] == 6  # noqa: E731
+            assert worker._lock.wait_for(passed, LATEST_S)
+        receiver.client.request(transfer_id, 0, MASTER_LEVEL)
+        deadline = time.monotonic() + LATEST_S
+        while 0 not in worker._transfers[transfer_id].waiting and time.monotonic() < deadline:
+            time.sleep(0.005)
+        gate.set()
+        events = [receiver.next(transfer_id) for _ in range(2)]
+        assert {event.chunk for event in events if isinstance(event, BlobArrived)} == {0, 7}
+
+
+def test_a_chunk_evicted_between_the_request_and_its_encoding_is_computed_again(monkeypatch) -> None:
+    with serving(store_bytes=SMALL_STORE) as receiver:
+        worker, gate, stuck = receiver.worker, threading.Event(), threading.Event()
+        old = receiver.opened(prompt(2 * CHUNK + 1, seed=6))[0]
+        receiver.blobs(old, 0, 1)
+        assert worker.wait_until_idle(LATEST_S) and in_store(worker) == 2
+        encode = ModelRuntime.encode
+
+        def slow_encode(*args: Any, level: str, **options: Any) -> bytes:
+            if level == MASTER_LEVEL:
+                stuck.set()
+                assert gate.wait(LATEST_S)
+            return encode(*args, level=level, **options)
+
+        monkeypatch.setattr(ModelRuntime, "encode", slow_encode)
+        new = receiver.opened(prompt(2 * CHUNK + 1, seed=7))[0]
+        receiver.client.request(new, 0, MASTER_LEVEL)
+        assert stuck.wait(LATEST_S)
+        receiver.client.request(old, 0, "q1")
+        with worker._lock:
+            queued = lambda: any(job == (old, 0) for _, _, job in worker._encodes)  # noqa: E731
+            assert worker._lock.wait_for(queued, LATEST_S)
+        # The store now looks as it does when another prompt's chunks have taken the room.
+        worker.store._evict(worker._transfers[old].keys[0], MASTER_LEVEL)
+        gate.set()
+        event = receiver.next(old)
+        assert isinstance(event, BlobArrived) and event.level == "q1", event
