@@ -13,6 +13,7 @@ import itertools
 import logging
 import threading
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,6 +26,7 @@ from prefill.engine import SequenceSlice
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime
 from prefill.store import MASTER_LEVEL, ChunkStore
 from transport.curve import CurveKeys
+from transport.errors import TransportClosed
 from transport.events import ChunkRequested, SourceEvent, TransferClosed, TransferOpened
 from transport.kv_server import KVServer
 
@@ -86,8 +88,6 @@ class PrefillWorker:
             threading.Thread(target=self._guarded, args=(loop,), name=name, daemon=True)
             for name, loop in (("prefill-compute", self._compute_loop), ("prefill-encode", self._encode_loop))
         ]
-        for thread in self._threads:
-            thread.start()
         self.server = KVServer(
             bind,
             greeting=runtime.greeting(),
@@ -96,7 +96,14 @@ class PrefillWorker:
             curve=curve,
             insecure=insecure,
         )
+        for thread in self._threads:
+            thread.start()
         self._serving.set()
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether all its threads run. A worker that has lost one serves nothing and has to be started anew."""
+        return not self._stopping and all(thread.is_alive() for thread in self._threads)
 
     @property
     def endpoint(self) -> str:
@@ -154,6 +161,8 @@ class PrefillWorker:
                     transfer = self._transfers.pop(event.transfer_id, None)
                     if transfer is not None:
                         transfer.closed = True
+                        if event.transfer_id in self._prefills:
+                            self._prefills.remove(event.transfer_id)
                     self._lock.notify_all()
 
     def _on_opened(self, event: TransferOpened) -> None:
@@ -219,13 +228,17 @@ class PrefillWorker:
 
     # -- computing ------------------------------------------------------------------------------------------------
 
-    def _guarded(self, loop: Any) -> None:
+    def _guarded(self, loop: Callable[[], None]) -> None:
         try:
             loop()
+        except TransportClosed:
+            assert self._stopping
         except BaseException:
             # A worker without one of its threads would answer nothing for ever: let its supervisor see the end.
             log.exception("%s: a thread ended, shutting the worker down", self.worker_id)
-            self._stopping = True
+            with self._lock:
+                self._stopping = True
+                self._lock.notify_all()
             self.server.shutdown()
             raise
 
@@ -243,15 +256,23 @@ class PrefillWorker:
                 if transfer is not None and not transfer.waiting:
                     transfer.is_computing = False  # another transfer had the same chunks computed meanwhile
                     transfer = None
-            if transfer is not None:
+            if transfer is None:
+                continue
+            try:
                 self._compute(transfer_id, transfer)
+            except Exception as error:
+                log.exception("%s: a prompt could not be computed", self.worker_id)
+                self._end(transfer_id, f"the prompt could not be computed: {type(error).__name__}: {error}")
 
     def _compute(self, transfer_id: str, transfer: _Transfer) -> None:
         runtime, size = self._runtime, transfer.chunk_tokens
         num_chunks = num_loadable_chunks(len(transfer.token_ids), size)
         num_blocks = blocks_for(num_chunks * size, BLOCK_TOKENS)
         if not runtime.allocator.can_allocate(num_blocks):
-            self._end(transfer_id, f"the prompt needs {num_blocks} KV blocks, the prefill worker has fewer")
+            self._end(
+                transfer_id,
+                f"the prompt needs {num_blocks} KV blocks, the prefill worker has {runtime.pool.num_blocks}",
+            )
             return
         table = runtime.allocator.allocate(num_blocks)
         try:
@@ -326,7 +347,11 @@ class PrefillWorker:
     def _encode_master(self, key: bytes) -> None:
         with self._lock:
             fresh = self._fresh[key]
-        self.store.put(key, MASTER_LEVEL, self._runtime.encode(fresh.k, fresh.v, start=fresh.start, level=MASTER_LEVEL))
+        try:
+            master = self._runtime.encode(fresh.k, fresh.v, start=fresh.start, level=MASTER_LEVEL)
+            self.store.put(key, MASTER_LEVEL, master)
+        except CodecError:
+            log.exception("%s: a chunk cannot be stored", self.worker_id)
         with self._lock:
             del self._fresh[key]
             self._counters["encoded_chunks_total"] += 1

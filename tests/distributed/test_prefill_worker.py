@@ -13,11 +13,13 @@ from typing import Any
 import pytest
 from pair import make_runtime
 
+from codec.errors import UnencodableTensor
 from prefill.engine import Engine
 from prefill.runtime import ModelRuntime
 from prefill.store import MASTER_LEVEL
 from prefill.worker import PrefillWorker
-from transport.events import BlobArrived, Opened, PartArrived, TransferEvent
+from transport.errors import BindFailed
+from transport.events import BlobArrived, ChunkFailed, Opened, PartArrived, Refused, TransferEvent, TransferLost
 from transport.kv_client import KVClient
 
 CHUNK = 32
@@ -195,3 +197,152 @@ def test_a_chunk_evicted_between_the_request_and_its_encoding_is_computed_again(
         gate.set()
         event = receiver.next(old)
         assert isinstance(event, BlobArrived) and event.level == "q1", event
+
+
+def test_a_prompt_that_cannot_be_encoded_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as receiver:
+        encode = ModelRuntime.encode
+
+        def failing_encode(runtime: ModelRuntime, k: Any, v: Any, *, start: int, level: str) -> bytes:
+            if start == 0:
+                raise UnencodableTensor("the keys hold NaN")
+            return encode(runtime, k, v, start=start, level=level)
+
+        monkeypatch.setattr(ModelRuntime, "encode", failing_encode)
+        transfer_id, _ = receiver.opened(prompt(2 * CHUNK + 1, seed=8))
+        receiver.client.request(transfer_id, 0, "q1")
+        event = receiver.next(transfer_id)
+        assert isinstance(event, ChunkFailed) and "NaN" in event.reason
+        assert receiver.worker.wait_until_idle(LATEST_S)
+        assert len(receiver.blobs(transfer_id, 1)) == 1
+        assert receiver.worker.is_alive
+
+
+def test_a_prompt_that_the_model_fails_on_harms_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as receiver:
+        forward, bad = Engine.forward, prompt(2 * CHUNK + 1, seed=9)
+
+        def failing_forward(engine: Engine, slices: Any) -> Any:
+            if list(slices[0].token_ids) == bad[CHUNK : 2 * CHUNK]:
+                raise RuntimeError("out of memory")
+            return forward(engine, slices)
+
+        monkeypatch.setattr(Engine, "forward", failing_forward)
+        transfer_id, _ = receiver.opened(bad)
+        receiver.client.request(transfer_id, 1, MASTER_LEVEL)
+        event = receiver.next(transfer_id)
+        assert isinstance(event, TransferLost) and "could not be computed" in event.reason
+        assert len(receiver.blobs(receiver.opened(prompt(2 * CHUNK + 1, seed=10))[0], 0, 1)) == 2
+        assert receiver.worker.is_alive
+
+
+def test_a_pool_smaller_than_the_prompt_ends_the_transfer_with_the_reason() -> None:
+    with serving(num_blocks=4) as receiver:
+        transfer_id, _ = receiver.opened(prompt(4 * CHUNK + 1, seed=11))
+        receiver.client.request(transfer_id, 0, MASTER_LEVEL)
+        event = receiver.next(transfer_id)
+        assert isinstance(event, TransferLost) and "8 KV blocks" in event.reason and "4" in event.reason
+        assert len(receiver.blobs(receiver.opened(prompt(2 * CHUNK + 1, seed=12))[0], 0, 1)) == 2
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"token_ids": []},
+        {"token_ids": "abc"},
+        {"token_ids": [1, 2, 512]},
+        {"token_ids": [1, 2, -1]},
+        {"token_ids": [1, True]},
+        {"token_ids": [5] * 5000},
+        {"chunk_tokens": 8},
+        {"chunk_tokens": 24},
+        {"chunk_tokens": "32"},
+        {"cache_salt": 7},
+    ],
+)
+def test_what_is_no_prompt_is_refused(lasting: Receiver, body: dict[str, Any]) -> None:
+    transfer_id = lasting.open([5] * 100, **body)
+    assert isinstance(lasting.next(transfer_id), Refused)
+
+
+@pytest.fixture(scope="module")
+def lasting() -> Iterator[Receiver]:
+    with serving() as receiver:
+        yield receiver
+
+
+@pytest.mark.parametrize(("chunk", "level"), [(3, MASTER_LEVEL), (0, "q99")])
+def test_a_chunk_or_level_that_is_not_there_fails_alone(lasting: Receiver, chunk: int, level: str) -> None:
+    transfer_id, _ = lasting.opened(prompt(3 * CHUNK + 1, seed=13))
+    lasting.client.request(transfer_id, chunk, level)
+    assert isinstance(lasting.next(transfer_id), ChunkFailed)
+    assert len(lasting.blobs(transfer_id, 1)) == 1
+
+
+def test_a_salt_keeps_tenants_apart(lasting: Receiver) -> None:
+    tokens = prompt(2 * CHUNK + 1, seed=14)
+    lasting.blobs(lasting.opened(tokens)[0], 0, 1)
+    other = lasting.open(tokens, cache_salt="somebody else")
+    event = lasting.next(other)
+    assert isinstance(event, Opened) and event.body["stored"] == [None, None]
+
+
+def test_a_prompt_nobody_waits_for_any_more_is_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as receiver:
+        worker, gate = receiver.worker, threading.Event()
+        forward = Engine.forward
+
+        def slow_forward(engine: Engine, slices: Any) -> Any:
+            assert gate.wait(LATEST_S)
+            return forward(engine, slices)
+
+        monkeypatch.setattr(Engine, "forward", slow_forward)
+        first = receiver.opened(prompt(CHUNK + 1, seed=15))[0]
+        receiver.client.request(first, 0, MASTER_LEVEL)
+        others = [receiver.opened(prompt(2 * CHUNK + 1, seed=16 + i))[0] for i in range(3)]
+        for transfer_id in others:
+            receiver.client.request(transfer_id, 0, MASTER_LEVEL)
+        with worker._lock:
+            assert worker._lock.wait_for(lambda: len(worker._prefills) == 3, LATEST_S)
+        for transfer_id in others:
+            receiver.client.close(transfer_id)
+        with worker._lock:
+            assert worker._lock.wait_for(lambda: not worker._prefills, LATEST_S)  # they hold no place in the queue
+        gate.set()
+        assert isinstance(receiver.next(first), BlobArrived)
+        assert worker.wait_until_idle(LATEST_S)
+        assert worker.stats()["prefill_computed_tokens_total"] == CHUNK
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.parametrize("loop", ["_compute", "_encode_for"])
+def test_a_worker_without_one_of_its_threads_says_so(monkeypatch: pytest.MonkeyPatch, loop: str) -> None:
+    class Bug(BaseException):
+        pass
+
+    def broken(*_: Any) -> None:
+        raise Bug
+
+    monkeypatch.setattr(PrefillWorker, loop, broken)
+    worker = PrefillWorker(make_runtime(num_blocks=64))
+    receiver = Receiver(worker)
+    try:
+        assert worker.is_alive
+        transfer_id, _ = receiver.opened(prompt(CHUNK + 1, seed=20))
+        receiver.client.request(transfer_id, 0, MASTER_LEVEL)
+        assert isinstance(receiver.next(transfer_id), TransferLost)
+        for thread in worker._threads:
+            thread.join(LATEST_S)
+            assert not thread.is_alive()
+        assert not worker.is_alive
+    finally:
+        receiver.client.shutdown()
+        worker.shutdown()
+
+
+def test_a_worker_that_cannot_bind_leaves_no_thread_behind() -> None:
+    with serving() as receiver:
+        before = set(threading.enumerate())
+        with pytest.raises(BindFailed):
+            PrefillWorker(receiver.worker._runtime, bind=receiver.worker.endpoint)
+        assert set(threading.enumerate()) <= before
