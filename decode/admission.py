@@ -47,20 +47,36 @@ def check_request(request: GenerationRequest, limits: WorkerLimits) -> None:
             "larger kv_memory.",
             code="kv_pool_too_small",
         )
-    known = (*limits.chunk_bytes, AUTO, TEXT_ONLY)
-    for name, value in (("kv.mode", request.kv_mode), ("kv.floor", request.floor)):
+    levels = tuple(limits.chunk_bytes)
+    for name, value, known in (
+        ("kv.mode", request.kv_mode, (*levels, AUTO, TEXT_ONLY)),
+        ("kv.floor", request.floor, levels),
+    ):
         if value is not None and value not in known:
             raise RequestRefused(f"Unknown level {value!r}; known are {', '.join(known)}.", param=name)
+    if request.kv_mode in levels and request.kv_mode not in _at_least(request.floor, levels):
+        raise RequestRefused(
+            f"Level {request.kv_mode!r} was asked for, and the floor {request.floor!r} forbids it: leave out one.",
+            param="kv.floor",
+        )
+
+
+def _at_least(floor: str | None, levels: tuple[str, ...]) -> tuple[str, ...]:
+    """The levels, best first, down to the floor."""
+    return levels if floor is None else levels[: levels.index(floor) + 1]
 
 
 def fill_orders(
     request: GenerationRequest, policy: SLOPolicy, limits: WorkerLimits, *, has_source: bool, now: float, tail_s: float
 ) -> FillSpec:
-    """How this request's prompt is to be had. Raises RequestRefused (503) if a level was asked for and no source is."""
+    """How the prompt of a checked request is to be had. Raises RequestRefused: 503 if a level was asked for and there
+    is no source, 400 if the policy forbids both every level that the request's floor allows and computing from text."""
     num_chunks = num_loadable_chunks(len(request.token_ids), limits.chunk_tokens)
     ttft_s = policy.ttft_s if request.ttft_s is None else request.ttft_s
     may_load, may_compute = has_source and num_chunks > 0, True
-    levels = tuple(level for level in policy.allowed_levels(request.floor) if level in limits.chunk_bytes)
+    known = tuple(limits.chunk_bytes)
+    good_enough = _at_least(request.floor, known)  # the floor need not be one of the policy's levels
+    levels = tuple(level for level in policy.allowed_levels() if level in good_enough)
     if request.kv_mode == TEXT_ONLY:
         may_load = False
     elif request.kv_mode != AUTO:
@@ -72,12 +88,20 @@ def fill_orders(
                 param="kv.mode",
             )
         levels, may_compute = (request.kv_mode,), not may_load
+    elif may_load and not levels:
+        if not policy.allow_recompute:
+            raise RequestRefused(
+                f"The policy allows {', '.join(policy.allowed_levels())} and no computing from text; none of these is "
+                f"as good as the floor {request.floor!r}.",
+                param="kv.floor",
+            )
+        may_load = False
     else:
         may_compute = policy.allow_recompute or not may_load
     return FillSpec(
         num_chunks=num_chunks,
         chunk_tokens=limits.chunk_tokens,
-        levels=levels,
+        levels=levels or known,  # without loading they are only names
         chunk_bytes=dict(limits.chunk_bytes),
         deadline=now + ttft_s,
         tail_s=tail_s,

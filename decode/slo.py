@@ -22,9 +22,6 @@ class SLOPolicy:
     floor: str = "q4"
     allow_recompute: bool = True
 
-    def allowed_levels(self, floor: str | None = None) -> tuple[str, ...]:
-        """Levels from the best down to the floor (the request's, if it is given and stricter)."""
-        last = self.levels.index(self.floor)
-        if floor is not None and floor in self.levels:
-            last = min(last, self.levels.index(floor))
-        return self.levels[: last + 1]
+    def allowed_levels(self) -> tuple[str, ...]:
+        """Levels from the best down to the floor."""
+        return self.levels[: self.levels.index(self.floor) + 1]
