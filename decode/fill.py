@@ -28,6 +28,7 @@ MIN_AHEAD = 2
 MAX_AHEAD = 16
 AHEAD_S = 0.03
 MAX_BAD_BLOBS = 3
+MAX_ASKED_LEVELS = 16  # of one chunk, kept for the receipt; an unsteady link may amend a request hundreds of times
 # Parts come by the thousand on a fast link and change little; whole blobs and all else lead to a new plan at once.
 PLAN_EVERY_S = 0.005
 # How long a source may take to answer before the worker stops waiting for it and plans with text alone.
@@ -198,6 +199,11 @@ class FillMachine:
         self._moved_at: float | None = None  # when the link last gave something, or was first asked; None when idle
         self._chunk_bytes = dict(spec.chunk_bytes)
 
+    @property
+    def lost_source(self) -> bool:
+        """Whether a source was given up: nothing that still comes from it will be used."""
+        return self.spec.may_load and not self._may_load
+
     def start(self, now: float) -> list[Command]:
         """The first commands. A fill that may load waits for `Opened` unless computing is the plan anyway."""
         return self._replan(now)
@@ -217,7 +223,8 @@ class FillMachine:
                 self._codec.observe(self.chunks[event.chunk].level, event.seconds)
                 self._fill(event.chunk, now)
             case BlobRejected():
-                commands += self._on_rejected(event, now)
+                assert self.chunks[event.chunk].state is ChunkState.DECODING
+                self._reject(event.chunk, event.reason, now)
             case ChunkComputed():
                 self._fill(event.chunk, now)
             case SourceLost():
@@ -247,7 +254,7 @@ class FillMachine:
         log = self.chunks[event.chunk]
         if log.first_part_at is None and log.state is ChunkState.ASKED:
             log.first_part_at = now
-            if self._moved_at is not None and self._moved_at == log.asked_at:
+            if not self.live and self._moved_at is not None and self._moved_at == log.asked_at:
                 self.link.on_first_part(now - log.asked_at)
         self.received_bytes += event.part_bytes
         self.link.on_part(event.part_bytes, event.wire_s)
@@ -260,22 +267,23 @@ class FillMachine:
         log = self.chunks[event.chunk]
         if log.state is not ChunkState.ASKED:
             return []  # computed in the meantime; the withdrawal crossed it
+        if event.level not in self.spec.levels:
+            self._reject(event.chunk, f"level {event.level!r} was not asked for", now)
+            return []
         log.state = ChunkState.DECODING
         log.level, log.bytes, log.arrived_at, log.left_bytes = event.level, len(event.blob), now, 0.0
         # What really came is the best prediction for the next chunk of that level.
         self._chunk_bytes[event.level] += 0.5 * (len(event.blob) - self._chunk_bytes[event.level])
         return [Decode(chunk=event.chunk, level=event.level, blob=event.blob)]
 
-    def _on_rejected(self, event: BlobRejected, now: float) -> list[Command]:
-        log = self.chunks[event.chunk]
-        assert log.state is ChunkState.DECODING
-        log.state = ChunkState.MISSING
+    def _reject(self, chunk: int, reason: str, now: float) -> None:
+        log = self.chunks[chunk]
+        log.state, log.level, log.left_bytes = ChunkState.MISSING, "", 0.0
+        log.first_part_at = None
         log.bad_blobs += 1
-        self._note(now, f"chunk {event.chunk}: bad blob, asked for again ({event.reason})")
-        if sum(chunk.bad_blobs for chunk in self.chunks) <= MAX_BAD_BLOBS:
-            return []
-        self._on_lost(SourceLost(reason=f"{MAX_BAD_BLOBS + 1} damaged blobs; the last: {event.reason}"), now)
-        return []
+        self._note(now, f"chunk {chunk}: bad blob, asked for again ({reason})")
+        if sum(chunk.bad_blobs for chunk in self.chunks) > MAX_BAD_BLOBS:
+            self._on_lost(SourceLost(reason=f"{MAX_BAD_BLOBS + 1} damaged blobs; the last: {reason}"), now)
 
     def _on_lost(self, event: SourceLost, now: float) -> None:
         self._may_load = False
@@ -424,6 +432,7 @@ class FillMachine:
         log = self.chunks[index]
         log.state, log.left_bytes = ChunkState.ASKED, self._chunk_bytes[level]
         log.asked_levels.append(level)
+        del log.asked_levels[1 : len(log.asked_levels) - MAX_ASKED_LEVELS + 1]  # the first and the last ones stay
         return Ask(chunk=index, level=level)
 
     # -- why ------------------------------------------------------------------------------------------------------
