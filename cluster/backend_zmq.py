@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import time
 from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from decode.requests import (
     TokensEvent,
 )
 from transport.curve import CurveKeys
-from transport.errors import StreamError
+from transport.errors import StreamError, StreamLost
 from transport.stream_client import StreamClient
 
 log = logging.getLogger("kvstream.gateway")
@@ -27,6 +28,7 @@ log = logging.getLogger("kvstream.gateway")
 MAX_ATTEMPTS = 3
 MAX_KNOWN_REQUESTS = 4096
 CALL_TIMEOUT_S = 2.0
+AVOID_S = 10.0  # as long as it takes the controller to forget a worker that is gone
 
 
 class ClusterBackend:
@@ -37,7 +39,7 @@ class ClusterBackend:
         self._chunk_tokens, self._curve = chunk_tokens, curve
         self._clients: dict[str, StreamClient] = {}  # by endpoint
         self._in_flight: Counter[str] = Counter()
-        self._failed: set[str] = set()  # incarnations whose stream broke
+        self._lost_at: dict[str, float] = {}  # when a stream to an incarnation broke
         self._served_by: OrderedDict[str, WorkerInfo] = OrderedDict()  # by request id, for receipts
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
@@ -61,7 +63,8 @@ class ClusterBackend:
             except StreamError as lost:
                 error = str(lost)
                 log.warning("%s: %s was lost: %s", request.request_id, route.decode.id, lost)
-                self._failed.add(route.decode.incarnation)
+                if isinstance(lost, StreamLost):  # and not for one slow reader or one odd request
+                    self._lost_at[route.decode.incarnation] = time.monotonic()
                 if has_tokens:
                     message = f"The decode worker was lost after some tokens ({error}); ask again."
                     yield FailedEvent(status=502, code="worker_lost", message=message)
@@ -84,7 +87,7 @@ class ClusterBackend:
 
     async def health(self) -> dict[str, Any]:
         """Whether requests can be served, and by whom."""
-        usable = [info for info in self.table if not info.is_suspect and info.incarnation not in self._failed]
+        usable = [info for info in self.table if not info.is_suspect and info.incarnation not in self._lost_lately()]
         status = "ok" if any(info.role == "decode" for info in usable) else "no decode worker"
         return {
             "status": status,
@@ -112,8 +115,14 @@ class ClusterBackend:
             chunk_tokens=self._chunk_tokens,
             cache_salt=request.cache_salt,
             in_flight=self._in_flight,
-            avoid=frozenset(self._failed),
+            avoid=self._lost_lately(),
         )
+
+    def _lost_lately(self) -> frozenset[str]:
+        """Incarnations to leave alone for a while: a dead one is out of the table by then, a cut may have healed."""
+        now = time.monotonic()
+        self._lost_at = {name: at for name, at in self._lost_at.items() if now - at < AVOID_S}
+        return frozenset(self._lost_at)
 
     def _client(self, info: WorkerInfo) -> StreamClient:
         if info.endpoint not in self._clients:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from cluster.actors import CONTROLLER, Controller, GatewayActor, WorkerActor
@@ -122,6 +123,8 @@ def _start(config: ServeConfig) -> RunningCluster:
     client_keys, make_server_keys = _keys(enabled=not is_local and not config.insecure)
     threads = config.threads or _threads(config)
     environment = {"env_vars": {**ENVIRONMENT, **limit_threads(threads)}}
+    # Gateway and controller stay on the launcher's node: `host` and `port` are an address of this machine.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     controller = (
         ray.remote(Controller).options(name=CONTROLLER, num_cpus=0, max_restarts=-1, runtime_env=environment).remote()
     )
@@ -159,7 +162,7 @@ def _start(config: ServeConfig) -> RunningCluster:
     name = config.model_name or Path(config.model).resolve().name
     gateway = (  # made while the workers load, so that its own imports do not add to the start
         ray.remote(GatewayActor)
-        .options(num_cpus=0, runtime_env={"env_vars": {**ENVIRONMENT, **limit_threads(1)}})
+        .options(scheduling_strategy=here, num_cpus=0, runtime_env={"env_vars": {**ENVIRONMENT, **limit_threads(1)}})
         .remote(
             model_path=runtime["path"],
             model_name=name,
@@ -238,7 +241,10 @@ def _wait_until_ready(workers: dict[str, Any]) -> dict[str, Any]:
         except ray.exceptions.GetTimeoutError as error:
             raise StartRefused(f"{worker_id} was not ready after {START_TIMEOUT_S:.0f} s") from error
         except ray.exceptions.RayError as error:
-            raise StartRefused(f"{worker_id} could not start: {_cause(error)}") from error
+            raise StartRefused(
+                f"{worker_id} could not start: {_cause(error)}. If it never ran, see that RAY_AUTH_MODE is the same "
+                "here as where the cluster was started"
+            ) from error
         if model.get("refused") is not None:
             raise StartRefused(f"{worker_id} could not start: {model['refused']}")
     return model

@@ -31,6 +31,8 @@ MAX_BAD_BLOBS = 3
 MAX_ASKED_LEVELS = 16  # of one chunk, kept for the receipt; an unsteady link may amend a request hundreds of times
 # Parts come by the thousand on a fast link and change little; whole blobs and all else lead to a new plan at once.
 PLAN_EVERY_S = 0.005
+# How much better than computing on here it must be to ask a live source again that was left.
+BACK_TO_LIVE = 1.25
 # How long a source may take to answer before the worker stops waiting for it and plans with text alone.
 OPEN_TIMEOUT_S = 10.0
 
@@ -354,9 +356,9 @@ class FillMachine:
             busy_s = max(0.0, self._chunk_compute_s(computing[0], 1) - (now - started))
         first = min([*missing, *asked])
         source_s = 0.0
-        if self.live and missing:
-            # A live source has computed up to what it has sent; the rest takes it about as long as it would take us.
-            source_s = self._chunk_compute_s(first, len(missing) + len(asked))
+        if self.live:
+            not_begun = [*missing, *(index for index in asked if self.chunks[index].first_part_at is None)]
+            source_s = self._live_source_s(sorted(not_begun), now)
         return Outlook(
             num_missing=len(missing) + len(standing),
             in_flight_bytes=[self.chunks[index].left_bytes for index in in_flight],
@@ -367,8 +369,21 @@ class FillMachine:
             compute_s=(lambda count: self._chunk_compute_s(first, count)) if self.spec.may_compute else None,
             busy_s=busy_s,
             source_s=source_s,
+            spent_s=now - self._started_at,
             live=self.live,
         )
+
+    def _live_source_s(self, not_begun: Sequence[int], now: float) -> float:
+        """Until a live source has computed the last chunk. It takes about as long for a chunk as this worker would,
+        and has been at the next one since the last one began to arrive."""
+        if not not_begun:
+            return 0.0
+        began = [log.first_part_at for log in self.chunks if log.first_part_at is not None]
+        asked = [log.asked_at for log in self.chunks if log.asked_at is not None]
+        since = max(began) if began else min(asked, default=now)
+        left_s = max(0.0, self._chunk_compute_s(not_begun[0], len(not_begun)) - (now - since))
+        # Once this worker computes, the source has been left alone: going back has to be worth it.
+        return left_s * (BACK_TO_LIVE if self.plan is not None and self.plan.compute_chunks else 1.0)
 
     def _rate(self, now: float) -> float:
         """The link's rate. Silence counts against it, but not the time in which a live source computes a chunk."""
@@ -404,6 +419,11 @@ class FillMachine:
         commands: list[Command] = []
         asked = self._in(ChunkState.ASKED)
         standing = self._standing(asked)
+        if self.live and plan.compute_chunks:
+            # All is computed here; the source need not go on with what it has not begun to send.
+            for index in standing:
+                self.chunks[index].state, self.chunks[index].left_bytes = ChunkState.MISSING, 0.0
+            return [Withdraw(chunk=index) for index in standing]
         for index in asked:
             if self.chunks[index].asked_levels[-1] == plan.level:
                 continue
@@ -412,7 +432,7 @@ class FillMachine:
             elif self.chunks[index].left_bytes > REASK * self._chunk_bytes[plan.level]:
                 # The link has become so slow that beginning again at the coarser level is faster than going on.
                 self._note(now, f"chunk {index}: given up at {self.chunks[index].asked_levels[-1]}, asked for anew")
-                self.chunks[index].first_part_at = None
+                self.chunks[index].first_part_at, self.chunks[index].asked_at = None, now
                 commands += [Withdraw(chunk=index), self._ask(index, plan.level)]
         missing = self._in(ChunkState.MISSING)
         wanted = sorted([*missing, *standing])[plan.compute_chunks :]

@@ -31,6 +31,8 @@ class Outlook:
         policy or the request forbids it.
     busy_s: time until the chunk being computed now is done.
     source_s: time until the source itself has computed the last missing chunk (live prefill), else 0.
+    spent_s: time gone since admission; gains are judged against the whole, so that the last chunk is not made coarse
+        to save a few milliseconds of a second.
     live: the source is still computing, so its chunks come from the front and only all-load or all-text make sense.
     """
 
@@ -43,6 +45,7 @@ class Outlook:
     compute_s: Callable[[int], float] | None
     busy_s: float = 0.0
     source_s: float = 0.0
+    spent_s: float = 0.0
     live: bool = False
 
 
@@ -90,7 +93,7 @@ def _fastest(levels: Sequence[str], outlook: Outlook, can_load: bool) -> Plan:
         for count in counts:
             time_s = _finish_s(outlook, level, count)
             gain = COMPUTE_MUST_GAIN if best is not None and count > best.compute_chunks else SAME_TIME
-            if best is None or time_s < best.predicted_s * (1 - gain):
+            if best is None or best.predicted_s - time_s > gain * (outlook.spent_s + best.predicted_s):
                 best = Plan(level=level, compute_chunks=count, predicted_s=time_s, meets_target=False)
     assert best is not None, "neither a source nor the right to compute: the caller fails the request instead"
     return best

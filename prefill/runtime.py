@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -139,7 +138,7 @@ def _profile_of(folder: Path, model: LoadedModel) -> Profile:
 def limit_threads(threads: int) -> dict[str, str]:
     """Environment for a worker process with that many compute threads. To be set before torch is imported: two torch
     processes that each take all cores are tens of times slower than with one core each."""
-    value = str(max(1, min(threads, os.cpu_count() or 1)))
+    value = str(max(1, threads))
     return {
         "OMP_NUM_THREADS": value,
         "MKL_NUM_THREADS": value,

@@ -99,3 +99,13 @@ def test_random_links_always_end_and_never_compute_above_a_hole(seed: int) -> No
         stored=rng.random() < 0.7,
         token_s=10 ** rng.uniform(-5, -3),
     ).run()
+
+
+@pytest.mark.parametrize("ttft_s", [0.0, 0.3, 1.0, 3.0])
+def test_a_live_prefill_is_loaded_or_computed_but_not_both(ttft_s: float) -> None:
+    """On a fast link the source's work is used; nothing flips to and fro."""
+    world = World(rate=lambda now: 1000 * MBIT, stored=False, ttft_s=ttft_s, live_chunk_s=0.066)
+    machine = world.run()
+    assert sum(chunk.level == TEXT for chunk in machine.chunks) in (0, len(machine.chunks))
+    assert len(machine.reasons) <= 4, machine.reasons
+    assert world.now < 1.15 * 13 * 0.066

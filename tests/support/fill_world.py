@@ -49,6 +49,7 @@ class World:
     may_compute: bool = True
     stored: bool = True
     prior_rate: float | None = None
+    live_chunk_s: float = 0.0  # a live source has chunk i this long after chunk i - 1
     part_limit: Callable[[int, str], bytes | None] | None = None
     now: float = 0.0
     events: list[tuple[float, int, Any]] = field(default_factory=list)
@@ -129,7 +130,7 @@ class World:
         if self.queue:
             chunk, level = self.queue.pop(0)
             self.sending = (chunk, level, 0)
-            self._start_part(latency_s)
+            self._start_part(max(latency_s, (chunk + 1) * self.live_chunk_s - self.now))
 
     def _start_part(self, extra_s: float = 0.0) -> None:
         assert self.sending is not None
