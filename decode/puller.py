@@ -14,7 +14,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from codec.errors import BlobError
+from codec.chunk import inspect_blob
+from codec.errors import BlobError, MalformedBlob
 from decode.estimator import CodecEstimator, ComputeEstimator, LinkEstimator
 from decode.fill import (
     Ask,
@@ -39,11 +40,12 @@ from decode.fill import (
 from prefill.runtime import ModelRuntime
 from transport import events as wire
 from transport.curve import CurveKeys
-from transport.errors import UnknownTransfer
+from transport.errors import TransportError
 from transport.kv_client import KVClient
 
 log = logging.getLogger("kvstream.decode")
 
+MAX_KNOWN_LINKS = 256
 TICK_S = 0.02  # how often silence is looked at while something is being filled
 
 
@@ -59,6 +61,7 @@ class Source:
 class PullOwner(Protocol):
     """The decode worker as the puller sees it. Called with the lock held."""
 
+    def fill_begins(self, fill: Fill) -> None: ...
     def compute_chunk(self, key: str, chunk: int, start: int, stop: int) -> None: ...
     def fill_ready(self, key: str, now: float) -> None: ...
     def fill_failed(self, key: str, code: str, message: str) -> None: ...
@@ -123,13 +126,21 @@ class KVPuller:
         machine = FillMachine(spec, now=now, link=link, compute=self._compute, codec=self._codec)
         fill = Fill(key=key, machine=machine, block_table=block_table)
         self._fills[key] = fill
+        self._owner.fill_begins(fill)
+        lost: SourceLost | None = None
         if source is not None and spec.num_chunks > 0:
             body = {"token_ids": list(token_ids), "chunk_tokens": spec.chunk_tokens, "cache_salt": cache_salt}
             fill.endpoint = source.endpoint
-            fill.transfer_id = self._client.open(source.endpoint, body, server_public_key=source.public_key)
-            self._by_transfer[fill.transfer_id] = fill
-            link.sharing += 1
-        self._carry_out(fill, machine.start(now), now)
+            try:
+                fill.transfer_id = self._client.open(source.endpoint, body, server_public_key=source.public_key)
+            except TransportError as error:
+                lost = SourceLost(reason=str(error))
+            else:
+                self._by_transfer[fill.transfer_id] = fill
+                link.sharing += 1
+        self._feed(fill, None, now)
+        if lost is not None:
+            self._feed(fill, lost, now)
         return fill
 
     def computed(self, key: str, chunk: int, now: float) -> None:
@@ -144,6 +155,10 @@ class KVPuller:
         if fill is not None:
             fill.machine.done = True
             self._close(fill, reason)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
 
     @property
     def num_fills(self) -> int:
@@ -163,6 +178,10 @@ class KVPuller:
         self._thread.join(timeout=10)
 
     def _link(self, endpoint: str) -> LinkEstimator:
+        """What is known of the link. Workers that restart leave endpoints behind: the oldest idle one is forgotten."""
+        if endpoint not in self._links and len(self._links) >= MAX_KNOWN_LINKS:
+            idle = next((other for other, link in self._links.items() if link.sharing == 0), None)
+            self._links.pop(idle or "", None)
         return self._links.setdefault(endpoint, LinkEstimator())
 
     def _close(self, fill: Fill, reason: str) -> None:
@@ -172,8 +191,20 @@ class KVPuller:
             fill.transfer_id = None
             fill.machine.link.sharing -= 1
 
-    def _feed(self, fill: Fill, event: Event, now: float) -> None:
-        self._carry_out(fill, fill.machine.handle(event, now), now)
+    def _feed(self, fill: Fill, event: Event | None, now: float) -> None:
+        """Tell the machine what happened (None: that it starts) and carry out what it wants."""
+        try:
+            commands = fill.machine.start(now) if event is None else fill.machine.handle(event, now)
+            self._carry_out(fill, commands, now)
+        except Exception:
+            # A bug of ours. Left alone, this fill would wait for ever; the others and the thread go on.
+            log.exception("%s: %s could not be handled", fill.key, type(event).__name__)
+            fill.machine.done = True
+            if self._fills.get(fill.key) is fill:
+                message = "The decode worker failed while loading the prompt's KV; see its log."
+                self._carry_out(fill, [Fail(code="internal_error", message=message)], now)
+        if fill.machine.lost_source:
+            self._close(fill, "the source was given up")
 
     def _carry_out(self, fill: Fill, commands: list[Command], now: float) -> None:
         size = fill.machine.spec.chunk_tokens
@@ -197,14 +228,15 @@ class KVPuller:
                     self._owner.fill_failed(fill.key, command.code, command.message)
 
     def _tell_source(self, fill: Fill, command: Ask | Withdraw) -> None:
-        assert fill.transfer_id is not None
+        if fill.transfer_id is None:
+            return  # it could not even be opened; the machine is told next
         try:
             if isinstance(command, Ask):
                 self._client.request(fill.transfer_id, command.chunk, command.level)
             else:
                 self._client.withdraw(fill.transfer_id, command.chunk)
-        except UnknownTransfer:
-            log.debug("%s: the transfer has ended; TransferLost is on its way", fill.key)
+        except TransportError as error:
+            log.debug("%s: %s; TransferLost is on its way", fill.key, error)
 
     def _on_event(self, event: wire.TransferEvent) -> None:
         """In the client's thread."""
@@ -270,12 +302,20 @@ class KVPuller:
         event: Event
         try:
             if not fill.machine.done:
+                info = inspect_blob(command.blob)
+                if (info.level, info.num_tokens) != (command.level, size):
+                    found = f"{info.num_tokens} tokens at level {info.level!r}"
+                    raise MalformedBlob(f"expected {size} tokens at level {command.level!r}, found {found}")
                 self._runtime.decode_into_pages(command.blob, fill.block_table, start=start, stop=start + size)
             now = time.monotonic()
             event = BlobDecoded(chunk=command.chunk, seconds=now - begin)
         except BlobError as error:
             now = time.monotonic()
             self.counters["kv_bad_blobs_total"] += 1
+            event = BlobRejected(chunk=command.chunk, reason=f"{type(error).__name__}: {error}")
+        except Exception as error:
+            log.exception("%s: chunk %d could not be decoded", fill.key, command.chunk)
+            now = time.monotonic()
             event = BlobRejected(chunk=command.chunk, reason=f"{type(error).__name__}: {error}")
         with self._lock:
             self._feed(fill, event, now)

@@ -14,9 +14,7 @@ import time
 from collections import OrderedDict, deque
 from typing import Any
 
-from codec.profile import Profile
 from decode.admission import WorkerLimits, check_request, fill_orders
-from decode.estimator import ComputeEstimator
 from decode.fill import FillSpec
 from decode.puller import Fill, KVPuller, Source
 from decode.receipt import Timeline, build_receipt
@@ -24,6 +22,7 @@ from decode.requests import GenerationRequest, RequestRefused
 from decode.sampling import sample
 from decode.scheduler import Phase, Row, Scheduler, Sequence
 from decode.slo import SLOPolicy
+from decode.startup import measure_compute, predicted_chunk_bytes, promised_kl
 from prefill.block_allocator import blocks_for
 from prefill.engine import SequenceSlice
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime
@@ -33,6 +32,7 @@ from transport.stream_server import StreamServer
 log = logging.getLogger("kvstream.decode")
 
 MAX_WAITING = 256
+MAX_SEQUENCES = 256  # admitted at once; as many transfers as transport allows to one source
 MAX_RECEIPTS = 1024
 MIN_SLICE_TOKENS = 32
 
@@ -79,22 +79,31 @@ class DecodeWorker:
         self._ended: dict[str, Sequence] = {}  # ended, but somebody still uses their pages
         self._receipts: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._arrivals = 0
-        self._stopping = False
+        self._is_admitting = self._stopping = False
         self._counters = {"generated_tokens_total": 0, "computed_prompt_tokens_total": 0, "requests_total": 0}
         self._puller = KVPuller(
             runtime, worker_id=worker_id, compute=self._compute, owner=self, lock=self._lock, curve=curve
         )
         self._engine_thread = threading.Thread(target=self._engine_loop, name="decode-engine", daemon=True)
         self._serving = threading.Event()  # the server's thread may call before `self.server` is set
-        self.server = StreamServer(
-            bind, on_submit=self._on_submit, on_cancel=self._on_cancel, curve=curve, insecure=insecure
-        )
+        try:
+            self.server = StreamServer(
+                bind, on_submit=self._on_submit, on_cancel=self._on_cancel, curve=curve, insecure=insecure
+            )
+        except BaseException:
+            self._puller.shutdown()
+            raise
         self._serving.set()
         self._engine_thread.start()
 
     @property
     def endpoint(self) -> str:
         return self.server.endpoint
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether all its threads run. A worker that has lost one serves nothing and has to be started anew."""
+        return not self._stopping and self._engine_thread.is_alive() and self._puller.is_alive
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges, by their metric name without prefix."""
@@ -148,6 +157,8 @@ class DecodeWorker:
         source = Source(**body["source"]) if body.get("source") is not None else None
         check_request(request, self._limits)
         with self._lock:
+            if stream_id in self._requests or stream_id in self._ended:
+                raise RequestRefused("This stream number is in use; take another.", status=409, code="stream_in_use")
             if len(self._waiting) >= MAX_WAITING:
                 raise RequestRefused(
                     f"{MAX_WAITING} requests are waiting on this worker; try again later.",
@@ -173,33 +184,41 @@ class DecodeWorker:
 
     def _admit(self, now: float) -> None:
         """First come, first served: the oldest waiting request gets its pages before any younger one."""
-        while self._waiting:
-            key = self._waiting[0]
-            state = self._requests[key]
-            request = state.request
-            num_blocks = blocks_for(len(request.token_ids) + request.sampling.max_tokens, BLOCK_TOKENS)
-            if not self._runtime.allocator.can_allocate(num_blocks):
-                return
-            self._waiting.popleft()
-            table = self._runtime.allocator.allocate(num_blocks)
-            spec = self._orders(request, state.source, now)  # anew: time in the queue does not count against the target
-            self._arrivals += 1
-            sequence = Sequence(
-                key=key, request=request, block_table=table, deadline=spec.deadline, arrival=self._arrivals
-            )
-            self._scheduler.add(sequence)
-            state.timeline.admitted_at = now
-            state.fill = self._puller.start(
-                key,
-                spec,
-                source=state.source if spec.may_load else None,
-                token_ids=request.token_ids,
-                cache_salt=request.cache_salt,
-                block_table=table,
-                now=now,
-            )
+        if self._is_admitting:
+            return  # called from within by a request that ended at once; the loop below goes on
+        self._is_admitting = True
+        try:
+            while self._waiting and self._has_room(self._requests[self._waiting[0]].request):
+                self._begin(self._waiting.popleft(), now)
+        finally:
+            self._is_admitting = False
+
+    def _has_room(self, request: GenerationRequest) -> bool:
+        return len(self._scheduler) < MAX_SEQUENCES and self._runtime.allocator.can_allocate(_num_blocks(request))
+
+    def _begin(self, key: str, now: float) -> None:
+        state = self._requests[key]
+        request = state.request
+        table = self._runtime.allocator.allocate(_num_blocks(request))
+        spec = self._orders(request, state.source, now)  # anew: time in the queue does not count against the target
+        self._arrivals += 1
+        sequence = Sequence(key=key, request=request, block_table=table, deadline=spec.deadline, arrival=self._arrivals)
+        self._scheduler.add(sequence)
+        state.timeline.admitted_at = now
+        self._puller.start(
+            key,
+            spec,
+            source=state.source if spec.may_load else None,
+            token_ids=request.token_ids,
+            cache_salt=request.cache_salt,
+            block_table=table,
+            now=now,
+        )
 
     # -- the puller's owner; the lock is held ---------------------------------------------------------------------
+
+    def fill_begins(self, fill: Fill) -> None:
+        self._requests[fill.key].fill = fill
 
     def compute_chunk(self, key: str, chunk: int, start: int, stop: int) -> None:
         sequence = self._scheduler.get(key)
@@ -238,6 +257,7 @@ class DecodeWorker:
         sequence = self._scheduler.get(key)
         if sequence is None:
             self._waiting.remove(key)
+            self._admit(time.monotonic())  # it may have kept younger ones waiting that need less room
             return None
         receipt = self._receipt(state)
         self._receipts[state.request.request_id] = receipt
@@ -274,22 +294,25 @@ class DecodeWorker:
     # -- the engine's thread --------------------------------------------------------------------------------------
 
     def _engine_loop(self) -> None:
-        while True:
-            with self._lock:
-                rows = self._scheduler.next_rows(self._slice_tokens())
-                while not rows:
-                    if self._stopping:
-                        return
-                    self._lock.wait(timeout=1.0)
-                    rows = self._scheduler.next_rows(self._slice_tokens())
-                for row in rows:
-                    row.sequence.pins += 1
-            try:
+        try:
+            while rows := self._wait_for_rows():
                 self._step(rows)
-            except Exception:
-                # A bug of ours: the rows' requests end with an error, the worker goes on with the others.
-                log.exception("%s: a step failed", self.worker_id)
-                self._fail_rows(rows)
+        except BaseException:
+            # Nothing would be computed any more: let the worker's supervisor see the end.
+            log.exception("%s: the engine's thread ended", self.worker_id)
+            raise
+
+    def _wait_for_rows(self) -> list[Row]:
+        """The next step's rows, pinned; none when the worker stops."""
+        with self._lock:
+            while not self._stopping:
+                rows = self._scheduler.next_rows(self._slice_tokens())
+                if rows:
+                    for row in rows:
+                        row.sequence.pins += 1
+                    return rows
+                self._lock.wait(timeout=1.0)
+            return []
 
     def _slice_tokens(self) -> int:
         """How much prompt a step may compute: a whole chunk, or less if running requests would wait too long."""
@@ -302,40 +325,55 @@ class DecodeWorker:
 
     def _step(self, rows: list[Row]) -> None:
         begin = time.monotonic()
-        logits = self._runtime.engine.forward(
-            [
-                SequenceSlice(
-                    token_ids=row.token_ids(),
-                    start=row.start,
-                    block_table=row.sequence.block_table,
-                    need_logits=row.sample,
-                )
-                for row in rows
-            ]
-        )
+        try:
+            logits = self._runtime.engine.forward(
+                [
+                    SequenceSlice(
+                        token_ids=row.token_ids(),
+                        start=row.start,
+                        block_table=row.sequence.block_table,
+                        need_logits=row.sample,
+                    )
+                    for row in rows
+                ]
+            )
+        except Exception as error:
+            log.exception("%s: a step failed", self.worker_id)
+            drawn: list[int | Exception | None] = [error] * len(rows)
+        else:
+            of_sampled = iter(logits)
+            drawn = [self._draw(row, next(of_sampled)) if row.sample else None for row in rows]
         now = time.monotonic()
-        tokens = iter(logits)
-        drawn = []
-        for row in rows:
-            if row.sample:
-                state = self._requests.get(row.sequence.key)
-                logits_row = next(tokens)
-                if state is None:  # cancelled during the step
-                    drawn.append(None)
-                else:
-                    drawn.append(sample(logits_row, state.request.sampling, len(row.sequence.output), state.rng))
         with self._lock:
             self._after_step(rows, drawn, now - begin, now)
 
-    def _after_step(self, rows: list[Row], drawn: list[int | None], seconds: float, now: float) -> None:
-        if len(rows) == 1 and not rows[0].sample:
+    def _draw(self, row: Row, logits: Any) -> int | Exception | None:
+        """The row's next token; None if it was cancelled during the step."""
+        state = self._requests.get(row.sequence.key)
+        if state is None:
+            return None
+        try:
+            return sample(logits, state.request.sampling, len(row.sequence.output), state.rng)
+        except Exception as error:
+            log.exception("%s: no token could be drawn", self.worker_id)
+            return error
+
+    def _after_step(self, rows: list[Row], drawn: list[int | Exception | None], seconds: float, now: float) -> None:
+        if len(rows) == 1 and not rows[0].sample and drawn[0] is None:
             self._compute.observe(rows[0].start, rows[0].stop, seconds)
-        samples = iter(drawn)
-        for row in rows:
+        for row, token in zip(rows, drawn, strict=True):
             sequence = row.sequence
-            token = next(samples) if row.sample else None
-            if sequence.phase is not Phase.ENDED:
-                self._advance(row, token, now)
+            try:
+                if sequence.phase is Phase.ENDED:
+                    pass
+                elif isinstance(token, Exception):
+                    self._fail(sequence.key)
+                else:
+                    self._advance(row, token, now)
+            except Exception:
+                # A bug of ours: this request ends with an error, the worker goes on with the others.
+                log.exception("%s: a row could not be advanced", self.worker_id)
+                self._fail(sequence.key)
             sequence.pins -= 1
             self._free_if_unused(sequence)
 
@@ -374,17 +412,17 @@ class DecodeWorker:
         }
         self.server.send(sequence.key, {"tokens": [token], "finished": finished}, last=True)
 
-    def _fail_rows(self, rows: list[Row]) -> None:
+    def _fail(self, key: str) -> None:
         message = "The decode worker failed while computing this request; see its log."
-        with self._lock:
-            for row in rows:
-                row.sequence.pins -= 1
-                if row.sequence.key in self._requests:
-                    failed = {"status": 500, "code": "internal_error", "message": message}
-                    self.server.send(row.sequence.key, {"failed": failed}, last=True)
-                    self._end(row.sequence.key, message)
-                else:
-                    self._free_if_unused(row.sequence)
+        failed = {"status": 500, "code": "internal_error", "message": message}
+        self.server.send(key, {"failed": failed}, last=True)
+        if key in self._requests:
+            self._end(key, message)
+
+
+def _num_blocks(request: GenerationRequest) -> int:
+    """KV blocks for the prompt and all that may be generated."""
+    return blocks_for(len(request.token_ids) + request.sampling.max_tokens, BLOCK_TOKENS)
 
 
 def refusal_to_wire(refused: RequestRefused) -> dict[str, Any]:
@@ -395,24 +433,3 @@ def refusal_to_wire(refused: RequestRefused) -> dict[str, Any]:
         "code": refused.code,
         "param": refused.param,
     }
-
-
-def predicted_chunk_bytes(runtime: ModelRuntime, chunk_tokens: int) -> dict[str, float]:
-    """Bytes of one encoded chunk by level, best level first, from what the profile says of bits a value."""
-    layout = runtime.model.layout
-    values = chunk_tokens * layout.bytes_per_token / layout.torch_dtype.itemsize
-    return {level: values * runtime.profile.bits_per_value[level] / 8 for level in runtime.profile.level_names}
-
-
-def promised_kl(profile: Profile) -> dict[str, float | None]:
-    """The KL divergence that each level promises, nats a token; None where nothing was measured."""
-    return {level: profile.promise[level].kl for level in profile.level_names}
-
-
-def measure_compute(runtime: ModelRuntime, chunk_tokens: int) -> ComputeEstimator:
-    """Two timed slices at start-up: one at the beginning, one far into the context."""
-    far = max(chunk_tokens, runtime.model.max_context // 2 - chunk_tokens)
-    tokens = min(chunk_tokens, runtime.model.max_context - far)
-    runtime.time_slice(16, 0)  # the first forward pass of a process is slow
-    near_s, far_s = runtime.time_slice(tokens, 0), runtime.time_slice(tokens, far)
-    return ComputeEstimator.from_two_slices((tokens, 0, near_s), (tokens, far, far_s))
