@@ -18,7 +18,7 @@ from transformers import AutoTokenizer
 from cluster.backend_zmq import ClusterBackend
 from cluster.gateway import create_app
 from cluster.openai_answers import ModelCard
-from cluster.routing import Membership, Role, WorkerInfo
+from cluster.routing import Membership, Role, WorkerInfo, follow
 from decode.worker import DecodeWorker
 from prefill.model import ModelRefused
 from prefill.runtime import load_runtime
@@ -39,12 +39,15 @@ class Controller:
 
     def __init__(self) -> None:
         self._membership = Membership()
+        self._started_at = time.monotonic()
 
     def report(self, info: dict[str, Any]) -> None:
         self._membership.report(WorkerInfo.from_wire(info), time.monotonic())
 
-    def table(self) -> list[dict[str, Any]]:
-        return [info.to_wire() for info in self._membership.table(time.monotonic())]
+    def table(self) -> tuple[float, list[dict[str, Any]]]:
+        """How long this controller has been up, seconds, and whom it knows."""
+        now = time.monotonic()
+        return now - self._started_at, [info.to_wire() for info in self._membership.table(now)]
 
 
 class WorkerActor:
@@ -110,10 +113,21 @@ class WorkerActor:
     def _report(self) -> None:
         """A thread of its own, so that a busy engine is not taken for a dead one."""
         assert self._worker is not None
-        controller = ray.get_actor(CONTROLLER)
+        controller = None
         while True:
-            controller.report.remote(replace(self._info, stats=self._worker.stats()).to_wire())
+            try:
+                if not self._worker.is_alive:
+                    break
+                controller = controller or ray.get_actor(CONTROLLER)
+                controller.report.remote(replace(self._info, stats=self._worker.stats()).to_wire())
+            except Exception:
+                # A silent worker is forgotten by all; whatever it was, the next second is another chance.
+                log.exception("%s could not report", self._info.id)
             time.sleep(REPORT_S)
+        # Without one of its threads it would take requests and never answer: Ray starts it anew.
+        log.error("%s has lost a thread; the process ends", self._info.id)
+        logging.shutdown()
+        os._exit(1)
 
 
 def _with_node_address(worker: dict[str, Any]) -> dict[str, Any]:
@@ -165,20 +179,25 @@ class GatewayActor:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{len(self._backend.table)} of {num_workers} workers reported")
             await asyncio.sleep(0.02)
-        self._tasks.append(asyncio.create_task(self._server.serve(sockets=[self._socket])))
-        while not self._server.started:  # noqa: ASYNC110 (uvicorn has no event for it)
+        serving = asyncio.create_task(self._server.serve(sockets=[self._socket]))
+        self._tasks.append(serving)
+        while not self._server.started:  # uvicorn has no event for it
+            if serving.done():
+                serving.result()
+                raise RuntimeError("the HTTP server ended while it started; see the log")
             await asyncio.sleep(0.01)
         return int(self._socket.getsockname()[1])
 
     async def _follow_controller(self) -> None:
         while True:
             try:
-                table = await asyncio.wait_for(_awaitable(self._controller.table.remote()), 2.0)
-                self._backend.table = [WorkerInfo.from_wire(info) for info in table]
+                age_s, table = await asyncio.wait_for(_awaitable(self._controller.table.remote()), 2.0)
+                told = [WorkerInfo.from_wire(info) for info in table]
+                self._backend.table = follow(self._backend.table, told, controller_age_s=age_s)
                 await asyncio.sleep(POLL_S if self._server.started else 0.05)
-            except (ray.exceptions.RayError, TimeoutError) as error:
-                # The last table keeps serving while the controller restarts.
-                log.warning("the controller does not answer: %s", error)
+            except Exception as error:
+                # The last table keeps serving while the controller restarts; nothing may end this task.
+                log.warning("the controller does not answer: %s: %s", type(error).__name__, error)
                 await asyncio.sleep(POLL_S)
 
 

@@ -61,6 +61,15 @@ class Membership:
         ]
 
 
+def follow(last: Sequence[WorkerInfo], told: Sequence[WorkerInfo], *, controller_age_s: float) -> list[WorkerInfo]:
+    """The table to route by, after the controller told its own. One that has just been restarted has not heard from
+    everybody yet: whom it does not know then stays as last known."""
+    if controller_age_s >= SUSPECT_S:
+        return list(told)
+    known = {info.id for info in told}
+    return [*told, *(info for info in last if info.id not in known)]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
     """Where a request goes: `source` is None when the decode worker shall compute the prompt alone."""

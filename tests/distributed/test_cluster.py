@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import random
 import signal
@@ -103,6 +104,25 @@ def test_metrics_and_health(cluster) -> None:
     assert 'kvstream_store_chunks{worker="prefill-1",role="prefill"}' in text
     assert 'kvstream_kv_cache_usage_perc{worker="decode-0",role="decode"}' in text
     assert httpx.get(f"{cluster.base_url}/health").json()["status"] == "ok"
+
+
+def test_a_controller_that_restarts_is_not_noticed(cluster, alone) -> None:
+    """A fresh controller has heard from nobody yet; the gateway serves on with what it knew."""
+    tokens = prompt(300, seed=77)
+    expected = generate_greedy(alone.engine, alone.allocator, tokens, 4)
+    ray.kill(cluster.controller, no_restart=False)
+    deadline, was_back = time.monotonic() + 100, 0.0
+    while not was_back or time.monotonic() < was_back + 2.0:
+        assert time.monotonic() < deadline, "the controller did not come back"
+        health = httpx.get(f"{cluster.base_url}/health").json()
+        assert health["status"] == "ok" and len(health["workers"]) == 4, health
+        assert ask_all(cluster.base_url, [tokens], max_tokens=4)[0].token_ids == expected
+        if not was_back:
+            with contextlib.suppress(ray.exceptions.RayError):
+                ray.get(cluster.controller.table.remote(), timeout=1)
+                was_back = time.monotonic()
+    age_s, known = ray.get(cluster.controller.table.remote(), timeout=10)
+    assert age_s < 100 and len(known) == 4
 
 
 def test_killed_workers_disturb_nobody_for_long(cluster, alone) -> None:
