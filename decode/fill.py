@@ -322,7 +322,7 @@ class FillMachine:
             reason = self.reasons[-1][1] if self.reasons else "no source"
             return [Fail(code="kv_transfer_failed", message=f"The prompt's KV could not be loaded ({reason}).")]
         outlook = self._outlook(missing, asked, now)
-        plan = choose(self.spec.levels, outlook, self._budget_s(now))
+        plan = choose(self.spec.levels, outlook, self._budget_s(now), current=self.plan)
         if self._may_load and not self._opened and not plan.compute_chunks:
             return []  # nothing to do before the source answers, unless the link is known to be slow
         self._note_plan(plan, now)
@@ -424,9 +424,11 @@ class FillMachine:
             for index in standing:
                 self.chunks[index].state, self.chunks[index].left_bytes = ChunkState.MISSING, 0.0
             return [Withdraw(chunk=index) for index in standing]
+        not_begun = sorted([*self._in(ChunkState.MISSING), *standing])
+        computed = not_begun[: plan.compute_chunks]
         for index in asked:
-            if self.chunks[index].asked_levels[-1] == plan.level:
-                continue
+            if index in computed or self.chunks[index].asked_levels[-1] == plan.level:
+                continue  # the plan's level is for what it loads
             if index in standing:
                 commands.append(self._ask(index, plan.level))
             elif self.chunks[index].left_bytes > REASK * self._chunk_bytes[plan.level]:
@@ -434,8 +436,7 @@ class FillMachine:
                 self._note(now, f"chunk {index}: given up at {self.chunks[index].asked_levels[-1]}, asked for anew")
                 self.chunks[index].first_part_at, self.chunks[index].asked_at = None, now
                 commands += [Withdraw(chunk=index), self._ask(index, plan.level)]
-        missing = self._in(ChunkState.MISSING)
-        wanted = sorted([*missing, *standing])[plan.compute_chunks :]
+        wanted = not_begun[plan.compute_chunks :]
         to_load = [index for index in (wanted if self.live else wanted[::-1]) if index not in standing]
         chunk_bytes = max(self._chunk_bytes[plan.level], 1.0)
         rate = self._rate(now)

@@ -14,8 +14,12 @@ from dataclasses import dataclass
 COMPUTE_MUST_GAIN = 0.05
 # Two predictions closer than this are the same; the better quality wins.
 SAME_TIME = 0.02
-# What is left of a chunk on its way may be so many times its whole size at the planned level before it is given up.
-REASK = 1.5
+# A better level than the current one has to fit this share of the budget, or the plan would follow every twitch of the
+# link's estimate.
+UPGRADE_ROOM = 0.93
+# What is left of a chunk on its way may be so many times its size at the planned level before it is given up. Much
+# of what is left is committed to the link already and comes anyway, so only a large difference pays.
+REASK = 3.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,19 +64,22 @@ class Plan:
     meets_target: bool
 
 
-def choose(levels: Sequence[str], outlook: Outlook, budget_s: float) -> Plan:
+def choose(levels: Sequence[str], outlook: Outlook, budget_s: float, *, current: Plan | None = None) -> Plan:
     """The plan for what is missing. `levels`: those allowed, best first; `budget_s`: time left for loading.
 
-    1. The best level whose loading alone fits the budget.
+    1. The best level whose loading alone fits the budget; one better than the current plan's with some room.
     2. Otherwise the best level that fits with some chunks computed, as few as possible.
     3. Otherwise (and always for a budget of 0) the fastest plan; of equally fast ones the one of best quality.
     """
     assert levels, "a policy without levels is refused when it is read"
     can_load = outlook.bytes_per_s > 0
     if can_load:
+        room = UPGRADE_ROOM if current is not None and current.meets_target else 1.0
         for level in levels:
+            if current is not None and level == current.level:
+                room = 1.0  # from here on no upgrade
             time_s = _finish_s(outlook, level, 0)
-            if time_s <= budget_s:
+            if time_s <= budget_s * room:
                 return Plan(level=level, compute_chunks=0, predicted_s=time_s, meets_target=True)
     if outlook.compute_s is not None:
         for level in levels if can_load else levels[:1]:
