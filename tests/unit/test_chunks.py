@@ -1,0 +1,60 @@
+"""How prompts are cut and named."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefill.chunks import KEY_BYTES, chunk_keys, num_loadable_chunks
+
+tokens = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=60)
+sizes = st.integers(1, 16)
+
+
+def keys(token_ids, size, *, fingerprint="f", cache_salt=""):
+    return chunk_keys(token_ids, size, fingerprint=fingerprint, cache_salt=cache_salt)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "expected"), [(1, 0), (255, 0), (256, 0), (257, 1), (512, 1), (513, 2), (4096, 15)]
+)
+def test_the_last_token_is_never_in_a_chunk(num_tokens: int, expected: int) -> None:
+    assert num_loadable_chunks(num_tokens, 256) == expected
+
+
+@given(tokens, sizes)
+def test_a_key_for_each_chunk_and_a_tail_of_one_to_a_chunk(token_ids: list[int], size: int) -> None:
+    found = keys(token_ids, size)
+    assert len(found) == num_loadable_chunks(len(token_ids), size)
+    assert 1 <= len(token_ids) - len(found) * size <= size
+    assert all(len(key) == KEY_BYTES for key in found)
+    assert len(set(found)) == len(found)
+
+
+@given(tokens, tokens, sizes)
+def test_a_longer_prompt_keeps_the_keys_of_what_it_continues(start: list[int], rest: list[int], size: int) -> None:
+    shorter = keys(start, size)
+    assert keys(start + rest, size)[: len(shorter)] == shorter
+
+
+@given(tokens, sizes, st.data())
+def test_a_changed_token_changes_its_chunk_and_all_after_it(token_ids: list[int], size: int, data) -> None:
+    at = data.draw(st.integers(0, len(token_ids) - 1))
+    changed = token_ids.copy()
+    changed[at] ^= 1
+    for chunk, (old, new) in enumerate(zip(keys(token_ids, size), keys(changed, size), strict=True)):
+        assert (old == new) == (chunk < at // size)
+
+
+@pytest.mark.parametrize("other", [{"fingerprint": "g"}, {"cache_salt": "tenant"}, {"size": 8}])
+def test_model_tenant_and_chunk_size_are_part_of_a_key(other: dict) -> None:
+    token_ids = list(range(17))
+    options = {"size": 4, **other}
+    assert not set(keys(token_ids, 4)) & set(keys(token_ids, **options))
+
+
+def test_keys_do_not_change_between_versions() -> None:
+    """Stores on different machines must agree."""
+    (key,) = keys([1, 2, 3, 4, 5], 4, fingerprint="model", cache_salt="salt")
+    assert key.hex() == "289aca67f5352af05949e4e2a1718168"
