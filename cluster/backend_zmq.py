@@ -38,6 +38,7 @@ class ClusterBackend:
         self.table: Sequence[WorkerInfo] = ()
         self._chunk_tokens, self._curve = chunk_tokens, curve
         self._clients: dict[str, StreamClient] = {}  # by endpoint
+        self._closing: set[asyncio.Task[None]] = set()
         self._in_flight: Counter[str] = Counter()
         self._lost_at: dict[str, float] = {}  # when a stream to an incarnation broke
         self._served_by: OrderedDict[str, WorkerInfo] = OrderedDict()  # by request id, for receipts
@@ -97,14 +98,15 @@ class ClusterBackend:
     async def receipt(self, request_id: str) -> dict[str, Any] | None:
         """Asked of the worker that served the request."""
         info = self._served_by.get(request_id)
-        if info is None:
-            return None
+        if info is None or all(other.incarnation != info.incarnation for other in self.table):
+            return None  # receipts end with the worker that keeps them
         answer = await self._call(info, {"kind": "receipt", "request_id": request_id})
         return answer.get("receipt") if answer is not None else None
 
     async def close(self) -> None:
         for client in self._clients.values():
             await client.close()
+        await asyncio.gather(*self._closing)
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
@@ -126,9 +128,18 @@ class ClusterBackend:
 
     def _client(self, info: WorkerInfo) -> StreamClient:
         if info.endpoint not in self._clients:
+            self._close_unused()
             client = StreamClient(info.endpoint, curve=self._curve, server_public_key=info.public_key)
             self._clients[info.endpoint] = client
         return self._clients[info.endpoint]
+
+    def _close_unused(self) -> None:
+        """A worker that restarts leaves its old endpoint behind, and a client is a connection and two threads."""
+        current = {info.endpoint for info in self.table}
+        for endpoint in [e for e, client in self._clients.items() if e not in current and not client.num_streams]:
+            task = asyncio.create_task(self._clients.pop(endpoint).close())
+            self._closing.add(task)
+            task.add_done_callback(self._closing.discard)
 
     async def _attempt(self, request: GenerationRequest, route: Route) -> AsyncIterator[GenerationEvent]:
         source = None

@@ -1,0 +1,187 @@
+"""The gateway's backend over fake streams: retries, what it remembers of workers, and that none of it grows."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from typing import Any
+
+import pytest
+
+import cluster.backend_zmq
+from cluster.backend_zmq import AVOID_S, ClusterBackend
+from cluster.routing import WorkerInfo
+from decode.requests import FailedEvent, FinishedEvent, GenerationRequest, RequestRefused, TokensEvent
+from transport.errors import StreamLost, StreamOverflow, StreamRefused
+
+FINISHED = {"finish_reason": "stop", "prompt_tokens": 3, "completion_tokens": 1, "receipt": {}}
+
+
+class FakeStream:
+    def __init__(self, answers: list[Any]) -> None:
+        self.answers = list(answers)
+
+    async def __aenter__(self) -> FakeStream:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        pass
+
+    async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
+        for answer in self.answers:
+            if isinstance(answer, Exception):
+                raise answer
+            yield answer
+
+
+class FakeClient:
+    """What each endpoint answers is in `script`: a list of answers a submit, the last one for ever."""
+
+    script: dict[str, list[list[Any]]] = {}
+    made: list[FakeClient] = []
+
+    def __init__(self, endpoint: str, **_: Any) -> None:
+        self.endpoint, self.num_streams, self.is_closed, self.submitted = endpoint, 0, False, 0
+        FakeClient.made.append(self)
+
+    def submit(self, body: dict[str, Any]) -> FakeStream:
+        self.submitted += 1
+        answers = FakeClient.script[self.endpoint]
+        return FakeStream(answers.pop(0) if len(answers) > 1 else answers[0])
+
+    async def call(self, body: dict[str, Any]) -> dict[str, Any]:
+        self.submitted += 1
+        return {"receipt": {"request_id": body["request_id"]}}
+
+    async def close(self) -> None:
+        self.is_closed = True
+
+
+OK = [{"tokens": [5]}, {"tokens": [6], "finished": FINISHED}]
+LOST = [StreamLost("the connection was cut")]
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FakeClient, "script", {})
+    monkeypatch.setattr(FakeClient, "made", [])
+    monkeypatch.setattr(cluster.backend_zmq, "StreamClient", FakeClient)
+
+
+def worker(name: str, life: int = 1) -> WorkerInfo:
+    return WorkerInfo(id=name, role="decode", incarnation=f"{name}-{life}", endpoint=f"tcp://{name}:{life}")
+
+
+def run(scene: Callable[[ClusterBackend], Coroutine[Any, Any, Any]], *names: str, **script: list[list[Any]]) -> Any:
+    async def everything() -> Any:
+        backend = ClusterBackend(chunk_tokens=4)
+        backend.table = [worker(name) for name in names]
+        FakeClient.script.update({f"tcp://{name}:1": answers for name, answers in script.items()})
+        return await scene(backend)
+
+    return asyncio.run(everything())
+
+
+async def events(backend: ClusterBackend, request_id: str = "r") -> list[Any]:
+    return [event async for event in backend.generate(GenerationRequest(request_id=request_id, token_ids=(1, 2)))]
+
+
+GOOD = [TokensEvent(token_ids=(5,)), TokensEvent(token_ids=(6,)), FinishedEvent(**FINISHED)]
+
+
+def test_tokens_then_one_end() -> None:
+    assert run(events, "d0", d0=[OK]) == GOOD
+
+
+def test_who_is_lost_before_a_token_is_replaced() -> None:
+    assert run(events, "d0", "d1", d0=[LOST], d1=[OK]) == GOOD
+
+
+def test_who_is_lost_after_a_token_is_told() -> None:
+    found = run(events, "d0", "d1", d0=[[{"tokens": [5]}, *LOST]], d1=[OK])
+    assert isinstance(found[-1], FailedEvent) and found[-1].status == 502
+
+
+def test_nobody_left_is_a_503_that_names_the_last_error() -> None:
+    with pytest.raises(RequestRefused, match="cut") as refused:
+        run(events, "d0", d0=[LOST])
+    assert refused.value.status == 503
+
+
+def test_a_worker_lost_once_is_tried_again_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(cluster.backend_zmq.time, "monotonic", lambda: now[0])
+
+    async def scene(backend: ClusterBackend) -> list[Any]:
+        with pytest.raises(RequestRefused):
+            await events(backend)
+        assert (await backend.health())["status"] != "ok"
+        now[0] += AVOID_S
+        assert (await backend.health())["status"] == "ok"
+        return await events(backend)
+
+    assert run(scene, "d0", d0=[LOST, OK]) == GOOD
+
+
+@pytest.mark.parametrize("error", [StreamRefused("KeyError: 'request'"), StreamOverflow("4096 events wait")])
+def test_one_odd_request_does_not_bring_a_worker_into_disrepute(error: Exception) -> None:
+    async def scene(backend: ClusterBackend) -> list[Any]:
+        await asyncio.gather(events(backend), return_exceptions=True)
+        return await events(backend, "another")
+
+    assert run(scene, "d0", d0=[[{"tokens": [5]}, error], OK]) == GOOD
+
+
+def test_a_refusal_is_handed_on() -> None:
+    refusal = {"message": "no", "status": 429, "code": "overloaded", "param": None}
+    with pytest.raises(RequestRefused) as refused:
+        run(events, "d0", d0=[[{"refused": refusal}]])
+    assert (refused.value.status, refused.value.code) == (429, "overloaded")
+
+
+def test_clients_of_endpoints_that_are_gone_are_closed() -> None:
+    async def scene(backend: ClusterBackend) -> None:
+        for life in range(1, 30):
+            backend.table = [worker("d0", life)]
+            FakeClient.script[f"tcp://d0:{life}"] = [OK]
+            assert await events(backend) == GOOD
+            await asyncio.sleep(0.001)
+            assert len(backend._clients) == 1 and not backend._closing
+        assert [client.is_closed for client in FakeClient.made] == [True] * 28 + [False]
+
+    run(scene)
+
+
+def test_a_client_with_streams_stays() -> None:
+    async def scene(backend: ClusterBackend) -> None:
+        await events(backend)
+        FakeClient.made[0].num_streams = 1
+        backend.table = [worker("d1")]
+        await events(backend)
+        assert not FakeClient.made[0].is_closed
+
+    run(scene, "d0", d0=[OK], d1=[OK])
+
+
+def test_a_receipt_is_asked_of_who_served_and_still_lives() -> None:
+    async def scene(backend: ClusterBackend) -> None:
+        await events(backend, "mine")
+        assert await backend.receipt("mine") == {"request_id": "mine"}
+        assert await backend.receipt("not mine") is None
+        backend.table = [worker("d0", 2)]
+        assert await backend.receipt("mine") is None
+        assert len(FakeClient.made) == 1, "nobody is asked at an address that is gone"
+
+    run(scene, "d0", d0=[OK])
+
+
+def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.backend_zmq, "MAX_KNOWN_REQUESTS", 10)
+
+    async def scene(backend: ClusterBackend) -> None:
+        for number in range(30):
+            await events(backend, str(number))
+        assert len(backend._served_by) == 10
+        assert set(backend._in_flight.values()) == {0}
+
+    run(scene, "d0", "d1", d0=[OK], d1=[OK])
