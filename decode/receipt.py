@@ -34,7 +34,8 @@ def build_receipt(
     ended_at: float,
 ) -> dict[str, Any]:
     """A dictionary of plain values. Times are milliseconds since the worker received the request; the parts of
-    `ttft_ms` add up to it. `promised_kl` of the whole is that of its worst level: None if any level promises nothing.
+    `ttft_ms` add up to it. `levels` and `bytes` count what reached the pages, `received_bytes` all that
+    came. `promised_kl` of the whole is that of its worst level: None if any level promises nothing.
     """
 
     def since(at: float | None) -> float | None:
@@ -48,7 +49,7 @@ def build_receipt(
             "index": index,
             "level": log.level or None,
             "asked_levels": log.asked_levels,
-            "bytes": 0 if log.level == TEXT else log.bytes,
+            "bytes": log.bytes if log.filled_at is not None and log.level != TEXT else 0,
             "bad_blobs": log.bad_blobs,
             "asked_ms": since(log.asked_at),
             "first_part_ms": since(log.first_part_at),
@@ -58,7 +59,7 @@ def build_receipt(
         }
         for index, log in enumerate(fill.chunks)
     ]
-    levels = Counter(log.level for log in fill.chunks if log.level)
+    levels = Counter(log.level for log in fill.chunks if log.filled_at is not None)
     lossy = [promised_kl.get(level) for level in levels if level != TEXT]
     return {
         "request_id": request_id,
