@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
-# A plan that computes has to promise this much over one that only loads: computing disturbs other requests.
-COMPUTE_MUST_GAIN = 0.05
+# A plan that computes has to promise this much over one that only loads: computing disturbs other requests, and takes
+# longer than predicted where loading keeps the same cores busy.
+COMPUTE_MUST_GAIN = 0.15
 # Two predictions closer than this are the same; the better quality wins.
 SAME_TIME = 0.02
 # A better level than the current one has to fit this share of the budget, or the plan would follow every twitch of the

@@ -44,9 +44,7 @@ class BlockAllocator:
         """All of `num_blocks` blocks or, with `PoolExhausted`, none."""
         assert num_blocks >= 0, num_blocks
         if num_blocks > len(self._free):
-            raise PoolExhausted(
-                wanted_blocks=num_blocks, free_blocks=len(self._free), num_blocks=self.num_blocks
-            )
+            raise PoolExhausted(wanted_blocks=num_blocks, free_blocks=len(self._free), num_blocks=self.num_blocks)
         blocks = [self._free.popleft() for _ in range(num_blocks)]
         for block in blocks:
             self._is_used[block] = 1

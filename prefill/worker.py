@@ -27,7 +27,7 @@ from prefill.runtime import BLOCK_TOKENS, ModelRuntime
 from prefill.store import MASTER_LEVEL, ChunkStore
 from transport.curve import CurveKeys
 from transport.errors import TransportClosed
-from transport.events import ChunkRequested, SourceEvent, TransferClosed, TransferOpened
+from transport.events import BacklogLow, ChunkRequested, SourceEvent, TransferClosed, TransferOpened
 from transport.kv_server import KVServer
 
 log = logging.getLogger("kvstream.prefill")
@@ -47,6 +47,8 @@ class _Transfer:
     keys: list[bytes]
     chunk_tokens: int
     waiting: set[int] = field(default_factory=set)  # chunks asked for that are not there yet
+    ready: dict[int, None] = field(default_factory=dict)  # asked for and here, in the order of asking
+    is_encoding: bool = False
     is_computing: bool = False  # or waits for its turn
     closed: bool = False
 
@@ -156,6 +158,11 @@ class PrefillWorker:
                 self._on_opened(event)
             case ChunkRequested():
                 self._on_requested(event)
+            case BacklogLow():
+                with self._lock:
+                    transfer = self._transfers.get(event.transfer_id)
+                    if transfer is not None and transfer.ready and not transfer.is_encoding:
+                        self._encode_next(event.transfer_id, transfer)
             case TransferClosed():
                 with self._lock:
                     transfer = self._transfers.pop(event.transfer_id, None)
@@ -204,7 +211,7 @@ class PrefillWorker:
                 reason = f"chunk {event.chunk} of {len(transfer.keys)} at level {event.level!r}: levels are {names}"
                 self.server.fail(event.transfer_id, event.chunk, reason)
             elif self._sizes(transfer.keys[event.chunk]) is not None:
-                self._push(URGENT, (event.transfer_id, event.chunk))
+                self._offer(event.transfer_id, transfer, event.chunk)
             else:
                 self._want_computed(event.transfer_id, transfer, event.chunk)
 
@@ -221,6 +228,17 @@ class PrefillWorker:
         transfer.is_computing = True
         self._prefills.append(transfer_id)
         self._lock.notify_all()
+
+    def _offer(self, transfer_id: str, transfer: _Transfer, chunk: int | None = None) -> None:
+        """Have the next chunk encoded, if the last one is on its way: until then its level can be amended."""
+        if chunk is not None:
+            transfer.ready[chunk] = None
+        if transfer.ready and not transfer.is_encoding and self.server.backlog_bytes(transfer_id) == 0:
+            self._encode_next(transfer_id, transfer)
+
+    def _encode_next(self, transfer_id: str, transfer: _Transfer) -> None:
+        transfer.is_encoding = True
+        self._push(URGENT, transfer_id)
 
     def _push(self, urgency: int, job: Any) -> None:
         heapq.heappush(self._encodes, (urgency, next(self._order), job))
@@ -321,7 +339,7 @@ class PrefillWorker:
             for chunk in sorted(transfer.waiting):
                 if transfer.keys[chunk] == key:
                     transfer.waiting.discard(chunk)
-                    self._push(URGENT, (transfer_id, chunk))
+                    self._offer(transfer_id, transfer, chunk)
 
     def _end(self, transfer_id: str, reason: str) -> None:
         with self._lock:
@@ -340,7 +358,7 @@ class PrefillWorker:
             if urgency == LATER:
                 self._encode_master(job)
             else:
-                self._encode_for(*job)
+                self._encode_for(job)
             with self._lock:
                 self._lock.notify_all()
 
@@ -356,29 +374,41 @@ class PrefillWorker:
             del self._fresh[key]
             self._counters["encoded_chunks_total"] += 1
 
-    def _encode_for(self, transfer_id: str, chunk: int) -> None:
-        with self._lock:
-            transfer = self._transfers.get(transfer_id)
-            if transfer is None:
-                return
-            if self._sizes(transfer.keys[chunk]) is None:  # evicted since it was asked for
-                self._want_computed(transfer_id, transfer, chunk)
-                return
-        level = self.server.take(transfer_id, chunk)
-        if level is None:
-            return  # withdrawn or closed in the meantime
+    def _encode_for(self, transfer_id: str) -> None:
+        """Encode and supply the first ready chunk of a transfer that is still wanted."""
+        while True:
+            with self._lock:
+                transfer = self._transfers.get(transfer_id)
+                if transfer is None:
+                    return
+                if not transfer.ready:
+                    transfer.is_encoding = False
+                    return
+                chunk = next(iter(transfer.ready))
+                del transfer.ready[chunk]
+                if self._sizes(transfer.keys[chunk]) is None:  # evicted since it was asked for
+                    self._want_computed(transfer_id, transfer, chunk)
+                    continue
+            level = self.server.take(transfer_id, chunk)
+            blob = self._blob_or_fail(transfer_id, transfer, chunk, level) if level is not None else None
+            if level is None or blob is None:
+                continue  # withdrawn, closed or failed
+            with self._lock:
+                self._counters["sent_chunks_total"] += 1
+                transfer.is_encoding = False  # before the supply, whose end may already ask for the next
+            self.server.supply(transfer_id, chunk, level, blob)
+            return
+
+    def _blob_or_fail(self, transfer_id: str, transfer: _Transfer, chunk: int, level: str) -> bytes | None:
         try:
             blob = self._blob(transfer, chunk, level)
         except CodecError as error:
             # For example KV with NaN at a lossy level: only this chunk fails, and the receiver computes it.
             self.server.fail(transfer_id, chunk, f"{type(error).__name__}: {error}")
-            return
+            return None
         if blob is None:
             self.server.fail(transfer_id, chunk, "the chunk is no longer stored here")
-            return
-        with self._lock:
-            self._counters["sent_chunks_total"] += 1
-        self.server.supply(transfer_id, chunk, level, blob)
+        return blob
 
     def _blob(self, transfer: _Transfer, chunk: int, level: str) -> bytes | None:
         key, size = transfer.keys[chunk], transfer.chunk_tokens

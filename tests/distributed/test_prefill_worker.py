@@ -190,7 +190,7 @@ def test_a_chunk_evicted_between_the_request_and_its_encoding_is_computed_again(
         assert stuck.wait(LATEST_S)
         receiver.client.request(old, 0, "q1")
         with worker._lock:
-            queued = lambda: any(job == (old, 0) for _, _, job in worker._encodes)  # noqa: E731
+            queued = lambda: any(job == old for _, _, job in worker._encodes)  # noqa: E731
             assert worker._lock.wait_for(queued, LATEST_S)
         # The store now looks as it does when another prompt's chunks have taken the room.
         worker.store._evict(worker._transfers[old].keys[0], MASTER_LEVEL)
