@@ -12,6 +12,7 @@ import heapq
 import itertools
 import logging
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -34,6 +35,8 @@ log = logging.getLogger("kvstream.prefill")
 
 MAX_WAITING_PREFILLS = 64
 MAX_FRESH_CHUNKS = 32  # computed and not yet in the store; the compute thread waits for the encoder beyond that
+# Transport tells when a transfer has sent what it had, but not when the receiver withdrew it: looked for this often.
+OFFER_EVERY_S = 0.05
 URGENT, LATER = 0, 1  # somebody waits for the blob, or it is only for the store
 
 
@@ -349,11 +352,18 @@ class PrefillWorker:
     # -- encoding -------------------------------------------------------------------------------------------------
 
     def _encode_loop(self) -> None:
+        offered_at = time.monotonic()
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._encodes or self._stopping)
+                self._lock.wait_for(lambda: self._encodes or self._stopping, OFFER_EVERY_S)
                 if self._stopping:
                     return
+                if time.monotonic() - offered_at >= OFFER_EVERY_S:
+                    offered_at = time.monotonic()
+                    for transfer_id, transfer in self._transfers.items():
+                        self._offer(transfer_id, transfer)
+                if not self._encodes:
+                    continue
                 urgency, _, job = heapq.heappop(self._encodes)
             if urgency == LATER:
                 self._encode_master(job)
@@ -397,6 +407,8 @@ class PrefillWorker:
                 self._counters["sent_chunks_total"] += 1
                 transfer.is_encoding = False  # before the supply, whose end may already ask for the next
             self.server.supply(transfer_id, chunk, level, blob)
+            with self._lock:
+                self._offer(transfer_id, transfer)  # it may have been withdrawn meanwhile, and nothing was sent
             return
 
     def _blob_or_fail(self, transfer_id: str, transfer: _Transfer, chunk: int, level: str) -> bytes | None:

@@ -346,3 +346,43 @@ def test_a_worker_that_cannot_bind_leaves_no_thread_behind() -> None:
         with pytest.raises(BindFailed):
             PrefillWorker(receiver.worker._runtime, bind=receiver.worker.endpoint)
         assert set(threading.enumerate()) <= before
+
+
+def test_a_chunk_withdrawn_while_it_is_encoded_does_not_hold_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving() as receiver:
+        worker, gate, stuck = receiver.worker, threading.Event(), threading.Event()
+        transfer_id = receiver.opened(prompt(4 * CHUNK + 1, seed=21))[0]
+        receiver.blobs(transfer_id, 3)
+        assert worker.wait_until_idle(LATEST_S)
+        encode = ModelRuntime.encode
+
+        def slow_encode(*args: Any, **options: Any) -> bytes:
+            stuck.set()
+            assert gate.wait(LATEST_S)
+            return encode(*args, **options)
+
+        monkeypatch.setattr(ModelRuntime, "encode", slow_encode)
+        receiver.client.request(transfer_id, 0, "raw")
+        assert stuck.wait(LATEST_S)
+        receiver.client.request(transfer_id, 1, "raw")
+        receiver.client.withdraw(transfer_id, 0)
+        time.sleep(0.2)  # for the withdrawal to arrive: nothing shows it at the source
+        gate.set()
+        event = receiver.next(transfer_id)
+        assert isinstance(event, BlobArrived) and event.chunk == 1, event
+
+
+def test_a_chunk_withdrawn_on_its_way_does_not_hold_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The link takes nothing more of a large chunk; the receiver computes it and waits for the one behind it."""
+    with serving() as receiver:
+        worker, backlog = receiver.worker, [1]
+        transfer_id = receiver.opened(prompt(4 * CHUNK + 1, seed=22))[0]
+        receiver.blobs(transfer_id, 3)
+        assert worker.wait_until_idle(LATEST_S)
+        monkeypatch.setattr(worker.server, "backlog_bytes", lambda _: backlog[0])
+        receiver.client.request(transfer_id, 0, "raw")
+        until_ready = time.monotonic() + LATEST_S
+        while 0 not in worker._transfers[transfer_id].ready and time.monotonic() < until_ready:
+            time.sleep(0.005)
+        backlog[0] = 0  # by a withdrawal, of which transport says nothing
+        assert isinstance(receiver.next(transfer_id), BlobArrived)
