@@ -31,6 +31,8 @@ MAX_BAD_BLOBS = 3
 MAX_ASKED_LEVELS = 16  # of one chunk, kept for the receipt; an unsteady link may amend a request hundreds of times
 # Parts come by the thousand on a fast link and change little; whole blobs and all else lead to a new plan at once.
 PLAN_EVERY_S = 0.005
+# A request that becomes so many times smaller is worth throwing away what the source may have encoded for it.
+DISCARD = 1.5
 # How much better than computing on here it must be to ask a live source again that was left.
 BACK_TO_LIVE = 1.25
 # How long a source may take to answer before the worker stops waiting for it and plans with text alone.
@@ -430,6 +432,9 @@ class FillMachine:
             if index in computed or self.chunks[index].asked_levels[-1] == plan.level:
                 continue  # the plan's level is for what it loads
             if index in standing:
+                asked_bytes = self._chunk_bytes[self.chunks[index].asked_levels[-1]]
+                if asked_bytes > DISCARD * self._chunk_bytes[plan.level]:
+                    commands.append(Withdraw(chunk=index))  # it may be encoded already, where amending comes too late
                 commands.append(self._ask(index, plan.level))
             elif self.chunks[index].left_bytes > REASK * self._chunk_bytes[plan.level]:
                 # The link has become so slow that beginning again at the coarser level is faster than going on.
