@@ -149,6 +149,7 @@ class ChunkLog:
     state: ChunkState = ChunkState.MISSING
     level: str = ""
     asked_levels: list[str] = field(default_factory=list)
+    anew_level: str = ""  # of the last request that was no amendment
     bytes: int = 0
     bad_blobs: int = 0
     asked_at: float | None = None
@@ -432,10 +433,10 @@ class FillMachine:
             if index in computed or self.chunks[index].asked_levels[-1] == plan.level:
                 continue  # the plan's level is for what it loads
             if index in standing:
-                asked_bytes = self._chunk_bytes[self.chunks[index].asked_levels[-1]]
-                if asked_bytes > DISCARD * self._chunk_bytes[plan.level]:
-                    commands.append(Withdraw(chunk=index))  # it may be encoded already, where amending comes too late
-                commands.append(self._ask(index, plan.level))
+                # It may be encoded already, at the level of the first request: then amending comes too late.
+                is_anew = self._chunk_bytes[self.chunks[index].anew_level] > DISCARD * self._chunk_bytes[plan.level]
+                commands += [Withdraw(chunk=index)] if is_anew else []
+                commands.append(self._ask(index, plan.level, is_anew=is_anew))
             elif self.chunks[index].left_bytes > REASK * self._chunk_bytes[plan.level]:
                 # The link has become so slow that beginning again at the coarser level is faster than going on.
                 self._note(now, f"chunk {index}: given up at {self.chunks[index].asked_levels[-1]}, asked for anew")
@@ -454,8 +455,9 @@ class FillMachine:
                 self._moved_at = now
         return commands
 
-    def _ask(self, index: int, level: str) -> Ask:
+    def _ask(self, index: int, level: str, *, is_anew: bool = True) -> Ask:
         log = self.chunks[index]
+        log.anew_level = level if is_anew else log.anew_level
         log.state, log.left_bytes = ChunkState.ASKED, self._chunk_bytes[level]
         log.asked_levels.append(level)
         del log.asked_levels[1 : len(log.asked_levels) - MAX_ASKED_LEVELS + 1]  # the first and the last ones stay
