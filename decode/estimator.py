@@ -47,6 +47,11 @@ class LinkEstimator:
     def latency_s(self) -> float:
         return self._latency_s
 
+    @property
+    def committed_bytes(self) -> float:
+        """What a source has on the way at any time: transport keeps at least two parts in flight."""
+        return 2.0 * self._last_part_bytes
+
     def bytes_per_s(self, now: float, *, waiting_since: float | None = None) -> float:
         """The rate to plan with. `waiting_since`: when something outstanding last moved, or None when nothing is.
 

@@ -31,8 +31,6 @@ MAX_BAD_BLOBS = 3
 MAX_ASKED_LEVELS = 16  # of one chunk, kept for the receipt; an unsteady link may amend a request hundreds of times
 # Parts come by the thousand on a fast link and change little; whole blobs and all else lead to a new plan at once.
 PLAN_EVERY_S = 0.005
-# A request that becomes so many times smaller is worth throwing away what the source may have encoded for it.
-DISCARD = 1.5
 # How much better than computing on here it must be to ask a live source again that was left.
 BACK_TO_LIVE = 1.25
 # How long a source may take to answer before the worker stops waiting for it and plans with text alone.
@@ -373,6 +371,7 @@ class FillMachine:
             busy_s=busy_s,
             source_s=source_s,
             spent_s=now - self._started_at,
+            committed_bytes=self.link.committed_bytes,
             live=self.live,
         )
 
@@ -434,10 +433,10 @@ class FillMachine:
                 continue  # the plan's level is for what it loads
             if index in standing:
                 # It may be encoded already, at the level of the first request: then amending comes too late.
-                is_anew = self._chunk_bytes[self.chunks[index].anew_level] > DISCARD * self._chunk_bytes[plan.level]
+                is_anew = self._pays_anew(self._chunk_bytes[self.chunks[index].anew_level], plan.level)
                 commands += [Withdraw(chunk=index)] if is_anew else []
                 commands.append(self._ask(index, plan.level, is_anew=is_anew))
-            elif self.chunks[index].left_bytes > REASK * self._chunk_bytes[plan.level]:
+            elif self._pays_anew(self.chunks[index].left_bytes, plan.level):
                 # The link has become so slow that beginning again at the coarser level is faster than going on.
                 self._note(now, f"chunk {index}: given up at {self.chunks[index].asked_levels[-1]}, asked for anew")
                 self.chunks[index].first_part_at, self.chunks[index].asked_at = None, now
@@ -454,6 +453,13 @@ class FillMachine:
             if was_idle:
                 self._moved_at = now
         return commands
+
+    def _pays_anew(self, left_bytes: float, level: str) -> bool:
+        """Whether a chunk begun at another level comes sooner if it is given up and asked for at `level`.
+
+        What is committed to the link cannot be recalled: that much comes in vain, and the new blob behind it.
+        """
+        return left_bytes > REASK * (self.link.committed_bytes + self._chunk_bytes[level])
 
     def _ask(self, index: int, level: str, *, is_anew: bool = True) -> Ask:
         log = self.chunks[index]

@@ -18,9 +18,8 @@ SAME_TIME = 0.02
 # A better level than the current one has to fit this share of the budget, or the plan would follow every twitch of the
 # link's estimate.
 UPGRADE_ROOM = 0.93
-# What is left of a chunk on its way may be so many times its size at the planned level before it is given up. Much
-# of what is left is committed to the link already and comes anyway, so only a large difference pays.
-REASK = 3.0
+# A chunk on its way is given up when what is left of it is so many times what asking for it anew would bring.
+REASK = 1.25
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +28,7 @@ class Outlook:
 
     num_missing: chunks neither filled, being decoded, computed nor on their way; they form a range after the frontier.
     in_flight_bytes: what is still to come of each chunk that is on its way.
+    committed_bytes: what the link brings of a chunk in any case, even if it is given up.
     chunk_bytes: predicted size of one chunk, by level.
     bytes_per_s, latency_s: the link as observed; 0 bytes a second when there is no source.
     decode_s: seconds to decode one chunk, by level.
@@ -51,6 +51,7 @@ class Outlook:
     busy_s: float = 0.0
     source_s: float = 0.0
     spent_s: float = 0.0
+    committed_bytes: float = 0.0
     live: bool = False
 
 
@@ -121,7 +122,8 @@ def _finish_s(outlook: Outlook, level: str, count: int) -> float:
     num_asked = max(outlook.num_missing - count, 0)
     size = outlook.chunk_bytes[level]
     # A chunk on its way that is far larger than it would be at this level is asked for anew (see REASK).
-    left = [min(left_bytes, REASK * size) for left_bytes in outlook.in_flight_bytes[: num_chunks - count]]
+    most = REASK * (outlook.committed_bytes + size)
+    left = [min(left_bytes, most) for left_bytes in outlook.in_flight_bytes[: num_chunks - count]]
     wire_bytes = num_asked * size + sum(left)
     wire_s = outlook.latency_s + wire_bytes / outlook.bytes_per_s
     # Decoding is a stage of its own beside the wire: the slower stage sets the pace, the last chunk passes both.

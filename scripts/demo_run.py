@@ -47,7 +47,7 @@ DOCUMENT_TOKENS = 3_200
 ANSWER_TOKENS = 6
 # The run whose link drops, in terms of this machine: the link brings a document at the fixed level in this share of the
 # time that computing it takes, drops tenfold when this share of it has come, and the target is this share.
-DROP_LINK_SHARE, DROP_AFTER_SHARE, DROP_TARGET_SHARE = 0.28, 0.3, 0.6
+DROP_LINK_SHARE, DROP_AFTER_SHARE, DROP_TARGET_SHARE = 0.2, 0.15, 0.6
 FLOOR = "q4"
 
 
@@ -138,7 +138,7 @@ class Demo:
         self.shaper.set_rate(from_mbps)
         await self.ask(0, {"mode": FIXED_LEVEL})
         before = self.shaper.stats()["down_bytes"]
-        task = asyncio.create_task(self.ask(1, {"mode": "auto", "ttft_ms": target_ms}))
+        task = asyncio.create_task(self.ask(NUM_DOCUMENTS - 1, {"mode": "auto", "ttft_ms": target_ms}))
         wait_bytes = DROP_AFTER_SHARE * num_bytes
         while self.shaper.stats()["down_bytes"] - before < wait_bytes and not task.done():  # noqa: ASYNC110
             await asyncio.sleep(0.005)

@@ -5,10 +5,9 @@ from __future__ import annotations
 import random
 
 import pytest
-from fill_world import LEVELS, SIZES, World
+from fill_world import LEVELS, World
 
-from decode.estimator import LinkEstimator
-from decode.fill import TEXT, Fail, FillMachine, FillSpec, Opened, SourceLost, Tick, Withdraw
+from decode.fill import TEXT, Fail, SourceLost
 
 MBIT = 1e6 / 8
 
@@ -110,27 +109,3 @@ def test_a_live_prefill_is_loaded_or_computed_but_not_both(ttft_s: float) -> Non
     assert sum(chunk.level == TEXT for chunk in machine.chunks) in (0, len(machine.chunks))
     assert len(machine.reasons) <= 4, machine.reasons
     assert world.now < 1.15 * 13 * 0.066
-
-
-def test_a_request_that_coarsened_in_small_steps_is_still_asked_anew() -> None:
-    """The source may have encoded the first level long before the last amendment reaches it."""
-    world = World(rate=lambda now: 1e6)
-    spec = FillSpec(
-        num_chunks=6,
-        chunk_tokens=256,
-        levels=LEVELS,
-        chunk_bytes={level: float(size) for level, size in SIZES.items()},
-        deadline=2.0,
-        tail_s=0.0,
-        may_load=True,
-        may_compute=False,
-    )
-    machine = FillMachine(spec, now=0.0, link=LinkEstimator(1e6), compute=world.compute, codec=world.codec)
-    machine.start(0.0)
-    machine.handle(Opened(stored_bytes=({},) * 6), 0.0)
-    first = machine.plan.level
-    seen = []
-    for step in range(1, 40):
-        seen += machine.handle(Tick(), 0.05 * step)
-    standing = next(command.chunk for command in seen if isinstance(command, Withdraw))
-    assert machine.chunks[standing].anew_level != first
