@@ -75,7 +75,7 @@ def choose(levels: Sequence[str], outlook: Outlook, budget_s: float, *, current:
     """
     assert levels, "a policy without levels is refused when it is read"
     can_load = outlook.bytes_per_s > 0
-    if can_load:
+    if can_load and budget_s > 0:
         room = UPGRADE_ROOM if current is not None and current.meets_target else 1.0
         for level in levels:
             if current is not None and level == current.level:
@@ -83,7 +83,7 @@ def choose(levels: Sequence[str], outlook: Outlook, budget_s: float, *, current:
             time_s = _finish_s(outlook, level, 0)
             if time_s <= budget_s * room:
                 return Plan(level=level, compute_chunks=0, predicted_s=time_s, meets_target=True)
-    if outlook.compute_s is not None:
+    if _first_computed_s(outlook) <= budget_s:
         for level in levels if can_load else levels[:1]:
             count = _meeting_point(outlook, level)
             if _finish_s(outlook, level, count) <= budget_s:
@@ -95,17 +95,24 @@ def choose(levels: Sequence[str], outlook: Outlook, budget_s: float, *, current:
 
 def _fastest(levels: Sequence[str], outlook: Outlook, can_load: bool) -> Plan:
     best: Plan | None = None
+    first_s = _first_computed_s(outlook)
     for level in levels:  # best quality first, so a later level has to be clearly faster
+        load_s = _finish_s(outlook, level, 0)
         counts = [0] if can_load else []
-        if outlook.compute_s is not None:
+        if first_s < load_s:  # else all is here before anything could be computed
             counts.append(_meeting_point(outlook, level))
         for count in counts:
-            time_s = _finish_s(outlook, level, count)
+            time_s = load_s if count == 0 else _finish_s(outlook, level, count)
             gain = COMPUTE_MUST_GAIN if best is not None and count > best.compute_chunks else SAME_TIME
             if best is None or best.predicted_s - time_s > gain * (outlook.spent_s + best.predicted_s):
                 best = Plan(level=level, compute_chunks=count, predicted_s=time_s, meets_target=False)
     assert best is not None, "neither a source nor the right to compute: the caller fails the request instead"
     return best
+
+
+def _first_computed_s(outlook: Outlook) -> float:
+    """When the first missing chunk could be computed: most plans that compute are ruled out by this alone."""
+    return float("inf") if outlook.compute_s is None else outlook.busy_s + outlook.compute_s(1)
 
 
 def _finish_s(outlook: Outlook, level: str, count: int) -> float:
