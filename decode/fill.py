@@ -31,6 +31,8 @@ MAX_BAD_BLOBS = 3
 MAX_ASKED_LEVELS = 16  # of one chunk, kept for the receipt; an unsteady link may amend a request hundreds of times
 # Parts come by the thousand on a fast link and change little; whole blobs and all else lead to a new plan at once.
 PLAN_EVERY_S = 0.005
+# The share of the time left that plans may use: predictions of the tail and of the link's end are off by a few percent.
+HOLD_BACK = 0.95
 # How much better than computing on here it must be to ask a live source again that was left.
 BACK_TO_LIVE = 1.25
 # How long a source may take to answer before the worker stops waiting for it and plans with text alone.
@@ -334,7 +336,7 @@ class FillMachine:
         return commands
 
     def _budget_s(self, now: float) -> float:
-        return self.spec.deadline - now - self.spec.tail_s
+        return HOLD_BACK * (self.spec.deadline - now) - self.spec.tail_s
 
     def _standing(self, asked: Sequence[int]) -> list[int]:
         """Chunks asked for whose encoding has not begun as far as can be seen: they can still change their level.
