@@ -17,7 +17,8 @@ from typing import Any, Protocol
 from codec.chunk import inspect_blob
 from codec.errors import BlobError, MalformedBlob
 from decode.estimator import CodecEstimator, ComputeEstimator, LinkEstimator
-from decode.fill import (
+from decode.fill import FillMachine, FillSpec
+from decode.fill_events import (
     Ask,
     BlobArrived,
     BlobDecoded,
@@ -28,8 +29,6 @@ from decode.fill import (
     Decode,
     Event,
     Fail,
-    FillMachine,
-    FillSpec,
     Opened,
     PartArrived,
     Ready,

@@ -7,7 +7,8 @@ import random
 import pytest
 from fill_world import LEVELS, World
 
-from decode.fill import TEXT, Fail, SourceLost
+from decode.fill import TEXT
+from decode.fill_events import Fail, SourceLost
 
 MBIT = 1e6 / 8
 

@@ -8,18 +8,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decode.estimator import CodecEstimator, ComputeEstimator, LinkEstimator
-from decode.fill import (
+from decode.fill import ChunkState, FillMachine, FillSpec
+from decode.fill_events import (
     Ask,
     BlobArrived,
     BlobDecoded,
     ChunkComputed,
-    ChunkState,
     Command,
     Compute,
     Decode,
     Fail,
-    FillMachine,
-    FillSpec,
     Opened,
     PartArrived,
     Ready,

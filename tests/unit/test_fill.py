@@ -7,23 +7,17 @@ from typing import Any
 import pytest
 
 from decode.estimator import CodecEstimator, ComputeEstimator, LinkEstimator
-from decode.fill import (
-    MAX_ASKED_LEVELS,
-    MAX_BAD_BLOBS,
-    OPEN_TIMEOUT_S,
-    TEXT,
+from decode.fill import MAX_ASKED_LEVELS, MAX_BAD_BLOBS, OPEN_TIMEOUT_S, TEXT, ChunkState, FillMachine, FillSpec
+from decode.fill_events import (
     Ask,
     BlobArrived,
     BlobDecoded,
     BlobRejected,
     ChunkComputed,
-    ChunkState,
     Command,
     Compute,
     Decode,
     Fail,
-    FillMachine,
-    FillSpec,
     Opened,
     PartArrived,
     Ready,

@@ -8,18 +8,8 @@ from typing import Any
 import pytest
 
 from decode.estimator import CodecEstimator, ComputeEstimator, LinkEstimator
-from decode.fill import (
-    TEXT,
-    BlobArrived,
-    BlobDecoded,
-    BlobRejected,
-    ChunkComputed,
-    FillMachine,
-    FillSpec,
-    Opened,
-    PartArrived,
-    SourceLost,
-)
+from decode.fill import TEXT, FillMachine, FillSpec
+from decode.fill_events import BlobArrived, BlobDecoded, BlobRejected, ChunkComputed, Opened, PartArrived, SourceLost
 from decode.receipt import Timeline, build_receipt
 
 KL = {"lossless": 0.0, "q1": 0.01, "q3": None}
