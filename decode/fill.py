@@ -347,9 +347,10 @@ class FillMachine:
         standing = self._standing(asked)
         if self.live and plan.compute_chunks:
             # All is computed here; the source need not go on with what it has not begun to send.
-            for index in standing:
+            not_begun = [index for index in asked if self.chunks[index].first_part_at is None]
+            for index in not_begun:
                 self.chunks[index].state, self.chunks[index].left_bytes = ChunkState.MISSING, 0.0
-            return [Withdraw(chunk=index) for index in standing]
+            return [Withdraw(chunk=index) for index in not_begun]
         not_begun = sorted([*self._in(ChunkState.MISSING), *standing])
         computed = not_begun[: plan.compute_chunks]
         for index in asked:

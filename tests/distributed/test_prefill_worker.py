@@ -386,3 +386,22 @@ def test_a_chunk_withdrawn_on_its_way_does_not_hold_up_the_next(monkeypatch: pyt
             time.sleep(0.005)
         backlog[0] = 0  # by a withdrawal, of which transport says nothing
         assert isinstance(receiver.next(transfer_id), BlobArrived)
+
+
+def test_a_chunk_is_encoded_only_when_the_one_before_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then its level can be amended."""
+    with serving() as receiver:
+        worker = receiver.worker
+        tokens = prompt(2 * CHUNK + 1, seed=21)
+        receiver.blobs(receiver.opened(tokens)[0], 0, 1)
+        assert worker.wait_until_idle(LATEST_S)
+        backlog = [1]
+        monkeypatch.setattr(worker.server, "backlog_bytes", lambda transfer_id: backlog[0])
+        transfer_id, _ = receiver.opened(tokens)
+        receiver.client.request(transfer_id, 0, "q1")
+        with worker._lock:
+            assert worker._lock.wait_for(lambda: worker._transfers[transfer_id].ready, 2.0) or not worker._encodes
+        receiver.client.request(transfer_id, 0, MASTER_LEVEL)
+        backlog[0] = 0
+        event = receiver.next(transfer_id)
+        assert isinstance(event, BlobArrived) and event.level == MASTER_LEVEL, event

@@ -10,7 +10,7 @@ import pytest
 
 import cluster.backend_zmq
 from cluster.backend_zmq import AVOID_S, ClusterBackend
-from cluster.routing import WorkerInfo
+from cluster.routing import EXPIRED_S, WorkerInfo
 from decode.requests import FailedEvent, FinishedEvent, GenerationRequest, RequestRefused, TokensEvent
 from transport.errors import StreamLost, StreamOverflow, StreamRefused
 
@@ -185,3 +185,15 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         assert set(backend._in_flight.values()) == {0}
 
     run(scene, "d0", "d1", d0=[OK], d1=[OK])
+
+
+def test_a_lost_worker_is_left_alone_until_the_controller_would_have_forgotten_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    backend = ClusterBackend(chunk_tokens=256)
+    clock = [1000.0]
+    monkeypatch.setattr(cluster.backend_zmq.time, "monotonic", lambda: clock[0])
+    backend._lost_at["decode-0-life"] = clock[0]
+    assert backend._lost_lately() == {"decode-0-life"}
+    clock[0] += EXPIRED_S
+    assert backend._lost_lately() == frozenset() and not backend._lost_at

@@ -220,3 +220,17 @@ def test_what_the_source_says_of_sizes_is_believed() -> None:
     sizes = {"lossless": 900_000, "q1": 10_000, "unheard of": 5}
     commands = fill.handle(Opened(stored_bytes=(sizes,) * 4), 0.001)
     assert commands[0] == Ask(chunk=3, level="q1")
+
+
+def test_a_live_source_is_left_alone_once_this_worker_computes() -> None:
+    """What it has not begun to send is withdrawn, or it would compute the whole prompt in vain."""
+    fill = machine(token_s=0.002, target_s=0.0)
+    fill.start(0.0)
+    asked = fill.handle(Opened(stored_bytes=(None,) * 4), 0.001)
+    assert [type(command) for command in asked] == [Ask, Ask]
+    # The first part shows a link on which the chunk on its way alone would take a hundred times the computing.
+    commands = fill.handle(part(0, "lossless", 1000, 400_000, 1000, 0.05), 0.06)
+    commands += fill.handle(part(0, "lossless", 2000, 400_000, 1000, 5.0), 5.06)
+    assert any(isinstance(command, Compute) for command in commands)
+    assert Withdraw(chunk=1) in commands
+    assert fill.chunks[1].state is ChunkState.MISSING

@@ -123,3 +123,10 @@ def test_against_trying_everything(view: Outlook, budget_s: float, can_compute: 
     else:
         # Every step to a coarser level or to computing has to gain so much, or is left.
         assert plan.predicted_s * (1 - COMPUTE_MUST_GAIN) <= min(best_s.values()) * (1 + 1e-9)
+
+
+def test_two_chunks_are_shared_between_loading_and_computing() -> None:
+    """One chunk each halves the time, although computing one takes nearly as long as loading one."""
+    view = outlook(num_missing=2, chunk_s=0.45, latency_s=0.0, decode_s=lambda level: 0.0, chunk_bytes={"raw": 5e6})
+    plan = choose(("raw",), view, 0.0)
+    assert (plan.compute_chunks, plan.predicted_s) == (1, pytest.approx(0.5))
