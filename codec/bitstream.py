@@ -1,26 +1,28 @@
-"""The blob's outer form: header, segment directory, checksum. Bytes in, plain data out; pure. SPEC.md is the text.
+"""The blob's outer form: header, directory, pieces, checksums. Bytes in, plain data out; pure. SPEC.md is the text.
 
-header 64 | directory 8 * S | payload | crc32 4          S = 2 * L * H segments, all K's then all V's (raw: S = 0)
+header 64 | directory 12 * K * S | pieces | crc32 4     K stages, S = 2 * L * H segments, K's then V's
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from codec.errors import BlobTooLarge, ChecksumMismatch, MalformedBlob, TruncatedBlob, WrongVersion
 from codec.levels import LevelKind
-from kernels.rans_reference import LANES, PROB_BITS
+from kernels.rans_reference import MAX_STAGES
 
 MAGIC = b"KVSB"
-VERSION = 1
-HEADER = struct.Struct("<4sBBBB8s16sHHHHIBBHQII")
+VERSION = 2
+HEADER = struct.Struct("<4sBBBB8s16sHHHHHHHBBQII")
 HEADER_BYTES = HEADER.size
 CRC_BYTES = 4
-ENTRY_BYTES = 8
+ENTRY = np.dtype([("words", "<u4"), ("exceptions", "<u4"), ("crc", "<u4")])
 assert HEADER_BYTES == 64
 
 MAX_TOKENS = 4096
@@ -30,15 +32,25 @@ MAX_HEAD_DIM = 1024
 MAX_DECODED_BYTES = 1 << 30  # of one chunk
 
 FLAG_UNROTATED = 1  # keys were coded before RoPE: decoding needs the RopeTable
-FLAG_SHIPPED = 2  # steps, means and table choices travel in the segments
-DTYPE_CODES = {"bfloat16": 1, "float16": 2, "float32": 3}
+FLAG_SHIPPED = 2  # steps, means and table choices travel in the pieces
+DTYPE_CODES = {"bfloat16": 1, "float16": 2, "float32": 3, "float8_e4m3fn": 4, "float8_e5m2": 5}
 DTYPE_NAMES = {code: name for name, code in DTYPE_CODES.items()}
-ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4}
+ITEM_BYTES = {"bfloat16": 2, "float16": 2, "float32": 4, "float8_e4m3fn": 1, "float8_e5m2": 1}
+LOSSLESS_PIECES = 2  # the coded bytes, the plain planes
+
+Array = np.ndarray[Any, Any]
+Range = tuple[int, int]  # start, stop
+
+
+def bytes_of(array: Array) -> memoryview:
+    """An array's bytes, shared if it is contiguous. (A plain memoryview cannot cast an empty array.)"""
+    view: memoryview = np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
+    return view
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlobInfo:
-    """A header, checked. layout: (layers, KV heads, head dim of K, head dim of V)."""
+    """A header, checked. layout: (layers, KV heads, head dim of K, head dim of V) of this blob."""
 
     level: str
     kind: LevelKind
@@ -47,10 +59,13 @@ class BlobInfo:
     is_shipped: bool
     profile_id: str
     layout: tuple[int, int, int, int]
+    first_layer: int
+    first_head: int
     num_tokens: int
-    lanes: int
-    prob_bits: int
+    first_stage: int
+    stages: int
     body_bytes: int
+    directory_crc: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -66,16 +81,29 @@ class BlobInfo:
         return self.num_values * ITEM_BYTES[self.dtype]
 
     @property
-    def num_segments(self) -> int:
-        return 0 if self.kind is LevelKind.RAW else 2 * self.layout[0] * self.layout[1]
+    def directory_bytes(self) -> int:
+        return self.stages * 2 * self.layout[0] * self.layout[1] * ENTRY.itemsize
+
+    @property
+    def is_refinement(self) -> bool:
+        """Only the later stages: of use behind the earlier ones alone."""
+        return self.first_stage > 0
+
+    @property
+    def layers(self) -> Range:
+        return self.first_layer, self.first_layer + self.layout[0]
+
+    @property
+    def heads(self) -> Range:
+        return self.first_head, self.first_head + self.layout[1]
 
 
 def pack_header(info: BlobInfo) -> bytes:
     flags = FLAG_UNROTATED * info.is_unrotated | FLAG_SHIPPED * info.is_shipped
     fields = (
         MAGIC, VERSION, int(info.kind), DTYPE_CODES[info.dtype], flags, info.level.encode("ascii"),
-        bytes.fromhex(info.profile_id), *info.layout, info.num_tokens, info.lanes, info.prob_bits, 0,
-        info.body_bytes, 0,
+        bytes.fromhex(info.profile_id), *info.layout, info.first_layer, info.first_head, info.num_tokens,
+        info.first_stage, info.stages, info.body_bytes, info.directory_crc,
     )  # fmt: skip
     head = HEADER.pack(*fields, 0)[:-4]
     return head + struct.pack("<I", zlib.crc32(head))
@@ -87,26 +115,11 @@ def parse_header(blob: memoryview) -> BlobInfo:
         if blob.nbytes >= 5 and (bytes(blob[:4]) != MAGIC or blob[4] != VERSION):
             raise WrongVersion("not a kvstream blob of this version")
         raise TruncatedBlob(f"{blob.nbytes} bytes are fewer than a header's {HEADER_BYTES}")
-    (
-        magic,
-        version,
-        kind,
-        dtype,
-        flags,
-        level,
-        profile_id,
-        layers,
-        heads,
-        dim_k,
-        dim_v,
-        tokens,
-        lanes,
-        prob_bits,
-        zero,
-        body,
-        zero2,
-        crc,
-    ) = HEADER.unpack(blob[:HEADER_BYTES])
+    fields = HEADER.unpack(blob[:HEADER_BYTES])
+    magic, version, kind, dtype, flags, level, profile_id, *numbers = fields
+    layers, heads, dim_k, dim_v, first_layer, first_head, tokens, first_stage, stages, body, directory_crc, crc = (
+        numbers
+    )
     if magic != MAGIC:
         raise WrongVersion(f"not a kvstream blob: starts with {magic!r}, not {MAGIC!r}")
     if version != VERSION:
@@ -114,16 +127,7 @@ def parse_header(blob: memoryview) -> BlobInfo:
     if zlib.crc32(blob[: HEADER_BYTES - 4]) != crc:
         raise ChecksumMismatch("the header's checksum does not fit: the bytes changed on the way")
     name = level.rstrip(b"\0")
-    if (
-        kind > 2
-        or dtype not in DTYPE_NAMES
-        or flags > 3
-        or zero
-        or zero2
-        or not name
-        or not name.isascii()
-        or b"\0" in name
-    ):
+    if kind > 2 or dtype not in DTYPE_NAMES or flags > 3 or not name or not name.isascii() or b"\0" in name:
         raise MalformedBlob("the header holds an unknown kind, dtype, flag or level name")
     for what, value, limit in (
         ("layers", layers, MAX_LAYERS), ("heads", heads, MAX_HEADS), ("head dim of K", dim_k, MAX_HEAD_DIM),
@@ -136,102 +140,125 @@ def parse_header(blob: memoryview) -> BlobInfo:
     info = BlobInfo(
         level=name.decode("ascii"), kind=LevelKind(kind), dtype=DTYPE_NAMES[dtype],
         is_unrotated=bool(flags & FLAG_UNROTATED), is_shipped=bool(flags & FLAG_SHIPPED),
-        profile_id=profile_id.hex(), layout=(layers, heads, dim_k, dim_v), num_tokens=tokens,
-        lanes=lanes, prob_bits=prob_bits, body_bytes=body,
+        profile_id=profile_id.hex(), layout=(layers, heads, dim_k, dim_v), first_layer=first_layer,
+        first_head=first_head, num_tokens=tokens, first_stage=first_stage, stages=stages, body_bytes=body,
+        directory_crc=directory_crc,
     )  # fmt: skip
     if info.decoded_bytes > MAX_DECODED_BYTES:
         raise BlobTooLarge(
             f"the chunk would decode to {info.decoded_bytes} bytes, over the limit of {MAX_DECODED_BYTES}"
         )
-    if info.kind is not LevelKind.RAW and (info.lanes, info.prob_bits) != (LANES, PROB_BITS):
-        raise MalformedBlob(
-            f"{info.lanes} lanes, {info.prob_bits} probability bits; version {VERSION} has {LANES}, {PROB_BITS}"
-        )
+    _check_stages(info)
     return info
 
 
-def check_body(blob: memoryview, info: BlobInfo) -> memoryview:
-    """The body, once length and checksum hold."""
+def _check_stages(info: BlobInfo) -> None:
+    stages = {LevelKind.RAW: 0, LevelKind.LOSSLESS: LOSSLESS_PIECES}.get(info.kind)
+    if info.kind is LevelKind.QUANTIZED:
+        if not 1 <= info.stages <= MAX_STAGES - info.first_stage:
+            raise MalformedBlob(
+                f"stages {info.first_stage} to {info.first_stage + info.stages}, there are {MAX_STAGES}"
+            )
+    elif info.stages != stages or info.first_stage or info.is_unrotated:
+        raise MalformedBlob("the header's coding fields do not go with its kind")
+    if info.kind is LevelKind.RAW and (info.is_shipped or info.directory_crc or info.body_bytes != info.decoded_bytes):
+        raise MalformedBlob(f"{info.body_bytes} raw bytes, the layout needs {info.decoded_bytes}")
+    if info.body_bytes < info.directory_bytes:
+        raise MalformedBlob("the body is shorter than its directory")
+
+
+def check_size(blob: memoryview, info: BlobInfo) -> None:
     if blob.nbytes < info.total_bytes:
         raise TruncatedBlob(f"{blob.nbytes} bytes came, the header says {info.total_bytes}; ask for the chunk again")
     if blob.nbytes > info.total_bytes:
         raise MalformedBlob(f"{blob.nbytes} bytes came, the header says {info.total_bytes}: something follows the blob")
-    stated = int.from_bytes(blob[-CRC_BYTES:], "little")
-    if zlib.crc32(blob[:-CRC_BYTES]) != stated:
+
+
+def _seed_of(header: memoryview | bytes) -> int:
+    """Where the blob's checksum starts: the header without its own, behind which every header would look the same."""
+    return zlib.crc32(header[: HEADER_BYTES - CRC_BYTES])
+
+
+def check_whole(blob: memoryview, info: BlobInfo) -> None:
+    """Length and checksum of everything."""
+    check_size(blob, info)
+    crc = zlib.crc32(blob[HEADER_BYTES:-CRC_BYTES], _seed_of(blob))
+    if crc != int.from_bytes(blob[-CRC_BYTES:], "little"):
         raise ChecksumMismatch("the checksum does not fit: the bytes changed on the way; ask for the chunk again")
-    return blob[HEADER_BYTES:-CRC_BYTES]
 
 
-def assemble(info: BlobInfo, parts: list[memoryview | bytes]) -> bytes:
-    """header + parts + checksum, copied once."""
-    whole: list[memoryview | bytes] = [pack_header(info), *parts]
-    crc = 0
-    for part in whole:
-        crc = zlib.crc32(part, crc)
-    return b"".join([*whole, crc.to_bytes(CRC_BYTES, "little")])
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Directory:
+    """entries [K, 2, L, H] of ENTRY; start [K, 2, L, H]: each piece's first word in `words`, the payload as uint16."""
+
+    entries: Array
+    start: Array
+    words: Array
+
+    def piece(self, where: tuple[int, ...]) -> memoryview:
+        at = int(self.start[where])
+        return bytes_of(self.words[at : at + int(self.entries[where]["words"])])
+
+    def check_pieces(self, layers: slice, heads: slice) -> None:
+        """The checksums of some pieces, reading no other."""
+        for where in np.ndindex(*self.entries[:, :, layers, heads].shape):
+            stage, which, layer, head = where
+            place = (stage, which, layer + (layers.start or 0), head + (heads.start or 0))
+            if zlib.crc32(self.piece(place)) != int(self.entries[place]["crc"]):
+                raise ChecksumMismatch(
+                    f"the checksum of {'KV'[which]} of layer {place[2]}, head {place[3]} does not fit; ask for it again"
+                )
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SegmentTable:
-    """Where one tensor's segments lie: pos [S] is each one's first word in the payload (its side info)."""
-
-    pos: np.ndarray
-    words: np.ndarray
-    escapes: np.ndarray
-
-
-def side_words(kind: LevelKind, is_shipped: bool, dim: int) -> int:
-    """16-bit words of side information in front of a segment: [step, means] and the table index of each channel."""
-    if not is_shipped:
-        return 0
-    index = (dim + 1) // 2
-    return index if kind is LevelKind.LOSSLESS else 1 + dim + index
-
-
-def rest_words(info: BlobInfo, dim: int) -> int:
-    """Words behind a lossless segment's escapes: sign and mantissa bytes, then (float32) the low halves."""
-    if info.kind is not LevelKind.LOSSLESS:
-        return 0
-    values = info.num_tokens * dim
-    return (values + 1) // 2 + (values if info.dtype == "float32" else 0)
-
-
-def pack_directory(words: np.ndarray, escapes: np.ndarray) -> bytes:
-    return np.stack([words, escapes], axis=1).astype("<u4").tobytes()
-
-
-def parse_directory(body: memoryview, info: BlobInfo) -> tuple[np.ndarray, SegmentTable, SegmentTable]:
-    """Body -> (payload as uint16, K's segments, V's segments). The directory must account for every byte."""
-    count = info.num_segments
-    if body.nbytes < ENTRY_BYTES * count:
-        raise MalformedBlob("the body is shorter than its directory")
-    entries = np.frombuffer(body[: ENTRY_BYTES * count], "<u4").reshape(count, 2).astype(np.int64)
+def parse_directory(blob: memoryview, info: BlobInfo) -> Directory:
+    """The directory, which must account for every byte of the body. Reads nothing behind it."""
+    check_size(blob, info)
+    end = HEADER_BYTES + info.directory_bytes
+    if zlib.crc32(blob[HEADER_BYTES:end]) != info.directory_crc:
+        raise ChecksumMismatch("the directory's checksum does not fit: the bytes changed on the way")
     layers, heads, dim_k, dim_v = info.layout
-    dims = np.repeat([dim_k, dim_v], layers * heads).astype(np.int64)
-    values = info.num_tokens * dims
-    if (entries > values[:, None]).any():
-        raise MalformedBlob("the directory claims more words or escapes than a segment has values")
-    fixed = np.repeat(
-        [side_words(info.kind, info.is_shipped, d) + 2 * min(LANES, d) + rest_words(info, d) for d in (dim_k, dim_v)],
-        layers * heads,
-    )
-    sizes = fixed + entries[:, 0] + 2 * entries[:, 1]
-    payload = body[ENTRY_BYTES * count :]
-    if int(sizes.sum()) * 2 != payload.nbytes:
-        raise MalformedBlob(
-            f"the directory accounts for {int(sizes.sum()) * 2} payload bytes, there are {payload.nbytes}"
-        )
-    pos = np.cumsum(sizes) - sizes
-    tables = [
-        SegmentTable(
-            pos=pos[part],
-            words=np.ascontiguousarray(entries[part, 0]),
-            escapes=np.ascontiguousarray(entries[part, 1]),
-        )
-        for part in (slice(0, count // 2), slice(count // 2, count))
-    ]
+    entries = np.frombuffer(blob[HEADER_BYTES:end], ENTRY).reshape(info.stages, 2, layers, heads)
+    sizes = entries["words"].astype(np.int64)
+    dims = np.array([dim_k, dim_v])[None, :, None, None]
+    if (sizes > 4 * info.num_tokens * dims + 4 * dims + 128 + 4 * entries["exceptions"].astype(np.int64)).any():
+        raise MalformedBlob("the directory claims a piece larger than any encoder writes")
+    if (entries["exceptions"] > info.num_tokens * dims).any() or (
+        4 * entries["exceptions"].astype(np.int64) > sizes
+    ).any():
+        raise MalformedBlob("the directory claims more exceptions than a piece has room for")
+    payload = blob[end:-CRC_BYTES]
+    if 2 * int(sizes.sum()) != payload.nbytes:
+        raise MalformedBlob(f"the directory accounts for {2 * int(sizes.sum())} bytes, there are {payload.nbytes}")
     words = np.frombuffer(payload, "<u2")
     if not words.flags.aligned:  # an odd address in someone's buffer: copy once
         words = np.frombuffer(bytes(payload), "<u2")
     words.flags.writeable = False  # whatever the buffer was: numba compiles anew for each kind of array
-    return words, tables[0], tables[1]
+    start = (np.cumsum(sizes.ravel()) - sizes.ravel()).reshape(sizes.shape)
+    return Directory(entries=entries, start=start, words=words)
+
+
+def make_entries(words: Array, exceptions: Array, parts: Sequence[Array]) -> Array:
+    """words, exceptions [K, 2, L, H]; parts: the pieces' bytes, an array for each (stage, K or V) -> entries."""
+    entries = np.zeros(words.shape, ENTRY)
+    entries["words"], entries["exceptions"] = words, exceptions
+    crcs = []
+    for part, sizes in zip(parts, (2 * words).reshape(len(parts), -1).tolist(), strict=True):
+        view, at = bytes_of(part), 0
+        for size in sizes:
+            crcs.append(zlib.crc32(view[at : at + size]))
+            at += size
+        assert at == view.nbytes
+    entries["crc"] = np.array(crcs).reshape(words.shape)
+    return entries
+
+
+def assemble(info: BlobInfo, entries: Array | None, parts: Sequence[memoryview | bytes]) -> bytes:
+    """header + directory + parts + checksum, copied once. Sizes and the directory's checksum are filled in here."""
+    directory = b"" if entries is None else entries.tobytes()
+    body = len(directory) + sum(memoryview(part).nbytes for part in parts)
+    crc = zlib.crc32(directory) if entries is not None else 0
+    header = pack_header(replace(info, body_bytes=body, directory_crc=crc))
+    crc = _seed_of(header)
+    for part in (directory, *parts):
+        crc = zlib.crc32(part, crc)
+    return b"".join([header, directory, *parts, crc.to_bytes(CRC_BYTES, "little")])

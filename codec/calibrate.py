@@ -1,15 +1,16 @@
-"""Calibration: KV samples and a loss -> a profile with levels that promise something. Knows no model, opens no file.
+"""Calibration: KV samples, their Fisher information and a loss -> a profile with levels that promise something.
 
-    profile, report = calibrate(samples, loss, fingerprint="...", validate=(held_out_samples, held_out_loss))
+    profile, report = calibrate(samples, fisher, loss, fingerprint="...", validate=(held_out_samples, held_out_loss))
 
-1. Means of every channel, keys before RoPE.
-2. Sensitivity: each (layer, K or V, head) is quantized alone and the loss asked what that cost.
-3. Rate-distortion allocation gives the steps for a target rate; the targets run from nearly transparent to coarse.
-4. Anchor delta per (layer, K or V), by measured rate at equal distortion.
-5. A codebook of tables per level; exponent tables for lossless.
-6. Every level is measured end to end (encode, decode, loss), on samples that were not used before: its promise.
+1. Statistics of every head: means, covariance; and how much its errors cost (Fisher information).
+2. Which steps are on for each (layer, K or V): transform, keys before RoPE, anchor deltas; by measured rate.
+3. Steps: one constant c for all channels (allocate.py). The ladder has NUM_STAGES stages whose steps are thirds of each
+   other; c is the largest at which all levels keep their bounds on KL with a margin and a standard error to spare.
+4. Tables; exponent tables for lossless.
+5. Every level is measured end to end (encode, decode, loss), on samples that were not used before.
 
-Legend: L layers, T tokens, H KV heads, D head dim, M = 2 * L * H tensors in the order [K or V][layer][head].
+Knows no model, opens no file.
+Legend: L layers, T tokens, H KV heads, D head dim, M stages.
 """
 
 from __future__ import annotations
@@ -21,38 +22,32 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 
-from codec.allocate import RateTable, allocate, measure_rates, sensitivities
+from codec.allocate import KV, Array, Fisher, Sample, Statistics, collect, fisher_floors
+from codec.calibration_audit import audit
+from codec.calibration_ladder import Ladder, build_tensor
+from codec.calibration_tables import learn_lossless, learn_tables
 from codec.chunk import decode_chunk, encode_chunk
-from codec.codebook import learn_codebook
-from codec.delta_choice import DeltaRow, choose_group, delta_histograms
-from codec.entropy import histogram
-from codec.levels import EXACT, Level, LevelKind, Promise, TensorPlan
-from codec.profile import CodecLayout, Profile
-from codec.quantize import bf16_to_float, float_to_bf16, round_to_bf16
-from codec.rope import RopeTable, rotate, unrotate
-from kernels.rans_reference import CENTRE
+from codec.decorrelate import inverse_error
+from codec.delta_choice import Decision, choose_reg, choose_transform
+from codec.levels import EXACT, Level, LevelKind, Lossy, Promise
+from codec.profile import CodecLayout, Profile, default_lossless
+from codec.rope import RopeTable
 
-NUM_TABLES = 32
-NUM_EXPONENT_TABLES = 24
-PROBE_GRID = 16  # of allocate.GRID: half a tensor's spread
-COARSEST_RATE = 1.0  # bits a value of the last level: about a fifteenth of bf16 with its overhead
-FINEST_RATES = (3.5, 5.0)  # the first level's rate lies in here, the coarsest that meets FINEST_KL
-FINEST_KL = 0.001
-CURVE_RATES = (5.0, 4.2, 3.5, 3.0, 2.6, 2.2, 1.8, 1.45, 1.15, 0.9)
-NUM_LOSSY_LEVELS = 5
+__all__ = ["KV", "Fisher", "Loss", "Report", "Sample", "calibrate"]
+
+# What c aims at, nats a token that depends on the context; finest first. Promises are what then comes of it.
+BOUNDS = {"q1": 0.003, "q2": 0.015, "q3": 0.05}
+NUM_STAGES = len(BOUNDS)
+MARGIN = 1.5  # a promise is at least this many times what was measured, a bound what the learning documents show
+SERIES = (1, 2, 3, 5)  # promises are one of these times a power of ten
+# Scales of the curve, in units of the one where the Fisher information expects the coarsest bound.
+CURVE = 3.0 ** (np.arange(-6, 3) / 2)
+REG_TENSORS = 16  # that the regularisation is chosen on
 CONTROL_TOKENS = 64
+OTHER_DTYPES = ("float16", "float8_e4m3fn", "float8_e5m2")
 
-KV = tuple[torch.Tensor, torch.Tensor]
-Measures = Mapping[str, float]  # at least kl; also delta_nll, greedy_agreement, recall, ...
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One document's KV, k and v [L, T, H, D] bf16 as cached, and the rotation of its positions."""
-
-    k: torch.Tensor
-    v: torch.Tensor
-    rope: RopeTable | None
+Measures = Mapping[str, float]  # at least kl; also kl_error, delta_nll, greedy_agreement, recall, ...
+Progress = Callable[[str, float], None]
 
 
 class Loss(Protocol):
@@ -65,79 +60,114 @@ class Loss(Protocol):
 
 @dataclass(slots=True, kw_only=True)
 class Report:
-    """What calibration saw, for people: plain rows."""
+    """What calibration saw, for people: plain rows. scale: c of the coarsest level; regs: bits by regularisation;
+    inverse_error: the worst matrix pair's (decorrelate.inverse_error)."""
 
     levels: list[dict[str, Any]] = field(default_factory=list)
     curve: list[dict[str, float]] = field(default_factory=list)
-    delta: list[DeltaRow] = field(default_factory=list)
-    probes: list[dict[str, Any]] = field(default_factory=list)
+    decisions: list[Decision] = field(default_factory=list)
+    sensitivity: list[dict[str, Any]] = field(default_factory=list)
+    audit: list[dict[str, Any]] = field(default_factory=list)
     control: dict[str, float] = field(default_factory=dict)
+    regs: dict[float, float] = field(default_factory=dict)
+    reg: float = 0.0
+    scale: float = 0.0
+    inverse_error: float = 0.0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Learned:
-    """Statistics of the samples. documents[m]: tensor m's centred arrays [T, D], one a document."""
-
-    layout: CodecLayout
-    mean_k: np.ndarray
-    mean_v: np.ndarray
-    documents: list[list[np.ndarray]]
-    rates: RateTable
-    needs_rope: bool
-
-    def steps(self, choice: np.ndarray) -> np.ndarray:
-        """[2, L, H] float32."""
-        lay = self.layout
-        chosen: np.ndarray = self.rates.step[np.arange(len(choice)), choice]
-        return chosen.reshape(2, lay.num_layers, lay.num_kv_heads)
+Grid = list[list[Statistics]]  # [L][H]
 
 
-def _plain(sample: Sample, which: int, layer: int, head: int) -> np.ndarray:
-    """[T, D] float32, keys unrotated."""
-    tensor = sample.k if which == 0 else sample.v
-    x = bf16_to_float(tensor[layer, :, head].contiguous().view(torch.int16).numpy().view(np.uint16))
-    if which == 0 and sample.rope is not None:
-        x = unrotate(x, *sample.rope.inverse())
-    return x
+def _collect(samples: Sequence[Sample], fisher: Fisher, which: int, *, is_turned: bool) -> Grid:
+    layers, _, heads, _ = samples[0].k.shape
+    return [
+        [collect(samples, fisher, which, layer, head, is_turned=is_turned) for head in range(heads)]
+        for layer in range(layers)
+    ]
 
 
-def _learn(samples: Sequence[Sample]) -> _Learned:
-    layers, _, heads, dim_k = samples[0].k.shape
-    layout = CodecLayout(num_layers=layers, num_kv_heads=heads, head_dim_k=dim_k, head_dim_v=samples[0].v.shape[3])
-    means: list[list[np.ndarray]] = [[], []]
-    documents = []
+def _floors(grids: Sequence[Grid]) -> list[Array]:
+    """[L, H] each."""
+    shape = (len(grids[0]), len(grids[0][0]))
+    flat = fisher_floors([one for grid in grids for heads in grid for one in heads])
+    return [part.reshape(shape) for part in np.split(flat, len(grids))]
+
+
+def _decide(samples: Sequence[Sample], fisher: Fisher, report: Report, progress: Progress) -> Ladder:
+    has_rope = samples[0].rope is not None
+    turned = [_collect(samples, fisher, which, is_turned=has_rope) for which in (0, 1)]
+    plain = _collect(samples, fisher, 0, is_turned=False) if has_rope else None
+    floors = _floors(turned)
+    flat = [one for grid in turned for heads in grid for one in heads]
+    everything = list(zip(flat, np.concatenate([f.ravel() for f in floors]), strict=True))
+    some = everything[:: max(1, len(everything) // REG_TENSORS)]
+    report.sensitivity = _sensitivities(turned)
+    report.scale = scale = _expected_scale(turned)
+    progress("transforms", 0.15)
+    report.reg, report.regs = choose_reg([one for one, _ in some], np.array([f for _, f in some]), scale, NUM_STAGES)
+    tensors, decisions = [], []
     for which in (0, 1):
-        for layer in range(layers):
-            for head in range(heads):
-                raw = [_plain(sample, which, layer, head) for sample in samples]
-                mean = round_to_bf16(np.concatenate(raw).mean(axis=0, dtype=np.float64))
-                means[which].append(mean)
-                documents.append([x - mean for x in raw])
-    mean_k, mean_v = (np.stack(m).reshape(layers, heads, -1) for m in means)
-    rates = measure_rates([np.concatenate(docs) for docs in documents])
-    return _Learned(
-        layout=layout, mean_k=mean_k, mean_v=mean_v, documents=documents, rates=rates,
-        needs_rope=samples[0].rope is not None,
-    )  # fmt: skip
+        chosen = []
+        for layer, heads in enumerate(turned[which]):
+            other = plain[layer] if plain is not None and which == 0 else None
+            floor = floors[which][layer]
+            chosen.append(choose_transform(layer, "KV"[which], heads, other, floor, report.reg, scale, NUM_STAGES))
+            progress("transforms", 0.15 + 0.1 * (which + layer / len(turned[which])))
+        stats = [
+            turned[which][layer] if one.is_turned or which or plain is None else plain[layer]
+            for layer, one in enumerate(chosen)
+        ]
+        tensors.append(build_tensor(chosen, stats, floors[which], report.reg, scale))
+        decisions += chosen
+    k, v = samples[0].k, samples[0].v
+    layout = CodecLayout(num_layers=k.shape[0], num_kv_heads=k.shape[2], head_dim_k=k.shape[3], head_dim_v=v.shape[3])
+    return Ladder(layout=layout, tensors=(tensors[0], tensors[1]), decisions=decisions)
 
 
-def _coarsen(learned: _Learned, steps: np.ndarray, only: int | None = None) -> Callable[[Sample], KV]:
-    """A transform that quantizes with steps [2, L, H] as the codec would, without coding; `only` one tensor m."""
+def _flat(matrices: Array) -> Array:
+    return matrices.reshape(-1, *matrices.shape[2:])
 
-    def transform(sample: Sample) -> KV:
-        lay = learned.layout
-        out = (sample.k.clone(), sample.v.clone())
-        for m in range(steps.size) if only is None else (only,):
-            which, layer, head = np.unravel_index(m, (2, lay.num_layers, lay.num_kv_heads))
-            mean = (learned.mean_k, learned.mean_v)[which][layer, head]
-            step = steps[which, layer, head]
-            x = np.rint((_plain(sample, int(which), int(layer), int(head)) - mean) / step) * step + mean
-            if which == 0 and sample.rope is not None:
-                x = rotate(x, *sample.rope.forward())
-            out[which][layer, :, head] = torch.from_numpy(float_to_bf16(x).view(np.int16)).view(torch.bfloat16)
-        return out
 
-    return transform
+def _sensitivities(turned: Sequence[Grid]) -> list[dict[str, Any]]:
+    """What dropping a head's KV to its mean would cost to second order, nats a token."""
+    return [
+        {"layer": layer, "which": "KV"[which], "head": head, "kl": 0.5 * float((one.covariance * one.fisher).sum())}
+        for which, grid in enumerate(turned)
+        for layer, heads in enumerate(grid)
+        for head, one in enumerate(heads)
+    ]
+
+
+def _expected_scale(turned: Sequence[Grid]) -> float:
+    """c where errors of c^2 / 12 in every channel would cost the coarsest bound to second order."""
+    channels = sum(len(one.mean) for grid in turned for heads in grid for one in heads)
+    return float(np.sqrt(24 * max(BOUNDS.values()) / channels))
+
+
+def _curve_at(curve: Sequence[Mapping[str, float]], scales: Array, *, errors: float = 0.0) -> Array:
+    """KL at the scales by the measured curve, `errors` standard errors higher; below it, with the step's square."""
+    c = np.array([row["scale"] for row in curve])
+    kl = np.array([row["kl"] + errors * row.get("kl_error", 0.0) for row in curve])
+    kl = np.maximum.accumulate(np.maximum(kl, 1e-12))
+    inside = np.exp(np.interp(np.log(scales), np.log(c), np.log(kl)))
+    return np.asarray(inside * np.minimum(scales / c[0], 1.0) ** 2)
+
+
+def _choose_scale(curve: Sequence[Mapping[str, float]]) -> float:
+    """The largest c at which MARGIN times each level's KL, and KL and its standard error, are within its bound."""
+    fine = np.geomspace(curve[0]["scale"], curve[-1]["scale"], 400)
+    good = np.ones(len(fine), bool)
+    for number, bound in enumerate(reversed(BOUNDS.values())):
+        scales = fine / 3.0**number
+        good &= np.maximum(MARGIN * _curve_at(curve, scales), _curve_at(curve, scales, errors=1.0)) <= bound
+    return float(fine[np.flatnonzero(good)[-1]]) if good.any() else float(fine[0])
+
+
+def promised_kl(*measured: float) -> float:
+    """MARGIN times the worst of what was measured, rounded up to SERIES."""
+    worst = max(MARGIN * max(measured), 1e-6)
+    decade = 10.0 ** np.floor(np.log10(worst))
+    return float(next(f"{n * d:.0e}" for d in (decade, 10 * decade) for n in SERIES if n * d >= worst * (1 - 1e-9)))
 
 
 def _through_codec(profile: Profile, level: str, chunk_tokens: int, count: list[int]) -> Callable[[Sample], KV]:
@@ -159,127 +189,58 @@ def _through_codec(profile: Profile, level: str, chunk_tokens: int, count: list[
     return transform
 
 
-def _make_level(learned: _Learned, name: str, choice: np.ndarray) -> tuple[Level, list[DeltaRow]]:
-    """Steps -> a level: deltas chosen, codebook learned."""
-    lay = learned.layout
-    steps = learned.steps(choice)
-    q = [[np.rint(x / s) for x in docs] for docs, s in zip(learned.documents, steps.ravel(), strict=True)]
-    rows = []
-    for which in (0, 1):
-        for layer in range(lay.num_layers):
-            first = (which * lay.num_layers + layer) * lay.num_kv_heads
-            rows.append(choose_group(layer, "KV"[which], q[first : first + lay.num_kv_heads]))
-    groups = np.array([row.group if row.is_on else 0 for row in rows]).reshape(2, lay.num_layers)
-    histograms = []
-    for m, docs in enumerate(q):
-        pairs = [delta_histograms(x, int(groups.ravel()[m // lay.num_kv_heads])) for x in docs]
-        histograms += [np.sum([p[0] for p in pairs], axis=0), np.sum([p[1] for p in pairs], axis=0)]
-    book, index = learn_codebook(np.concatenate(histograms), NUM_TABLES)
-    plans = _split_plans(lay, index, steps, groups)
-    return Level(name=name, kind=LevelKind.QUANTIZED, codebook=book, k=plans[0], v=plans[1]), rows
-
-
-def _split_plans(lay: CodecLayout, index: np.ndarray, steps: np.ndarray, groups: np.ndarray) -> list[TensorPlan]:
-    """index [M * 2 * D] flat, steps [2, L, H], groups [2, L] -> the plans of K and V."""
-    shape = (lay.num_layers, lay.num_kv_heads, 2)
-    cut = int(np.prod(shape)) * lay.head_dim_k
-    flat = (index[:cut].reshape(*shape, lay.head_dim_k), index[cut:].reshape(*shape, lay.head_dim_v))
-    return [
-        TensorPlan(index=np.ascontiguousarray(flat[w]), step=steps[w].copy(), group=groups[w].astype(np.int64))
-        for w in (0, 1)
-    ]
-
-
-def _make_lossless(samples: Sequence[Sample], lay: CodecLayout) -> Level:
-    histograms = []
-    for which in (0, 1):
-        for layer in range(lay.num_layers):
-            for head in range(lay.num_kv_heads):
-                raw = [(s.k, s.v)[which][layer, :, head].contiguous().view(torch.int16).numpy() for s in samples]
-                exponent = (np.concatenate(raw).view(np.uint16).astype(np.int32) >> 7) & 0xFF
-                counts = histogram(exponent - CENTRE)
-                histograms += [counts, np.zeros_like(counts)]  # the second set of rows is for deltas: unused
-    book, index = learn_codebook(np.concatenate(histograms), NUM_EXPONENT_TABLES)
-    steps = np.ones((2, lay.num_layers, lay.num_kv_heads), np.float32)
-    plans = _split_plans(lay, index, steps, np.zeros((2, lay.num_layers), np.int64))
-    return Level(name="lossless", kind=LevelKind.LOSSLESS, codebook=book, k=plans[0], v=plans[1])
-
-
-def _rate_targets(curve: list[dict[str, float]]) -> list[float]:
-    """Rates of q1..q5: KL falls by a constant factor a bit, so equal steps of rate are equal ratios of KL."""
-    good = [row["rate"] for row in curve if row["kl"] <= FINEST_KL]
-    finest = float(np.clip(min(good, default=FINEST_RATES[1]), *FINEST_RATES))
-    return [float(r) for r in np.linspace(finest, COARSEST_RATE, NUM_LOSSY_LEVELS)]
-
-
 def calibrate(
     samples: Sequence[Sample],
+    fisher: Fisher,
     loss: Loss,
     *,
     fingerprint: str,
     validate: tuple[Sequence[Sample], Loss] | None = None,
     provenance: Mapping[str, Any] | None = None,
     chunk_tokens: int = 256,
-    progress: Callable[[str, float], None] = lambda what, share: None,
+    progress: Progress = lambda what, share: None,
 ) -> tuple[Profile, Report]:
-    """See the module's docstring. `loss` covers `samples`; `validate` (other documents) gives the promises."""
+    """See the module's docstring. `loss` covers `samples`; `validate` (other documents) judges the levels."""
     if not samples:
         raise ValueError("calibration needs at least one sample")
     report = Report()
-    progress("rates", 0.0)
-    learned = _learn(samples)
-    count = len(learned.documents)
-    probe_kl = np.empty(count)
-    probe_steps = learned.steps(np.full(count, PROBE_GRID))
-    for m in range(count):
-        progress("sensitivity", 0.1 + 0.4 * m / count)
-        probe_kl[m] = loss(_coarsen(learned, probe_steps, only=m))["kl"]
-    probe_distortion = learned.rates.distortion[:, PROBE_GRID]
-    sensitivity = sensitivities(probe_kl, probe_distortion)
-    for m in range(count):
-        which, layer, head = np.unravel_index(m, probe_steps.shape)
-        report.probes.append({"layer": int(layer), "which": "KV"[which], "head": int(head), "kl": float(probe_kl[m])})
-
-    for i, rate in enumerate(CURVE_RATES):
-        progress("curve", 0.5 + 0.15 * i / len(CURVE_RATES))
-        choice = allocate(learned.rates, sensitivity, rate)
-        report.curve.append({"rate": rate, **loss(_coarsen(learned, learned.steps(choice)))})
-
-    levels = [Level(name="raw", kind=LevelKind.RAW), _make_lossless(samples, learned.layout)]
-    for i, rate in enumerate(_rate_targets(report.curve)):
-        progress("levels", 0.65 + 0.15 * i / NUM_LOSSY_LEVELS)
-        level, rows = _make_level(learned, f"q{i + 1}", allocate(learned.rates, sensitivity, rate))
-        levels.append(level)
-        if i == NUM_LOSSY_LEVELS // 2:
-            report.delta = rows
-    profile = _measure(
-        learned,
-        levels,
-        report,
-        fingerprint,
-        validate or (samples, loss),
-        provenance or {},
-        chunk_tokens,
-        progress,
+    progress("statistics", 0.0)
+    ladder = _decide(samples, fisher, report, progress)
+    report.inverse_error = max(
+        inverse_error(*pair) for t in ladder.tensors for pair in zip(_flat(t.analysis), _flat(t.synthesis), strict=True)
     )
+    for number, factor in enumerate(CURVE):
+        progress("curve", 0.35 + 0.3 * number / len(CURVE))
+        scale = float(report.scale * factor)
+        report.curve.append({"scale": scale, **loss(lambda sample, c=scale: ladder.quantized(sample, c))})
+    report.scale = _choose_scale(report.curve)
+    progress("tables", 0.65)
+    lossy, report.decisions = learn_tables(ladder, samples, report.scale, NUM_STAGES, chunk_tokens)
+    progress("audit", 0.7)
+    held_out = validate or (samples, loss)
+    report.audit = audit(ladder, lossy, samples, held_out[0], report.scale, chunk_tokens)
+    profile = _measure(ladder, lossy, samples, report, fingerprint, held_out, provenance or {}, chunk_tokens, progress)
     progress("done", 1.0)
     return profile, report
 
 
 def _measure(
-    learned: _Learned, levels: list[Level], report: Report, fingerprint: str, validate: tuple[Sequence[Sample], Loss],
-    provenance: Mapping[str, Any], chunk_tokens: int, progress: Callable[[str, float], None],
+    ladder: Ladder, lossy: Lossy, samples: Sequence[Sample], report: Report, fingerprint: str,
+    validate: tuple[Sequence[Sample], Loss], provenance: Mapping[str, Any], chunk_tokens: int, progress: Progress,
 ) -> Profile:  # fmt: skip
     """Promises and sizes of the finished levels, end to end; then the profile that carries them."""
+    levels = [Level(name="raw", kind=LevelKind.RAW), Level(name="lossless", kind=LevelKind.LOSSLESS)]
+    levels += [Level(name=n, kind=LevelKind.QUANTIZED, stages=NUM_STAGES - i) for i, n in enumerate(BOUNDS)]
+    exponents = learn_lossless(samples, ladder.layout)
+    lossless = {"bfloat16": exponents, "float32": exponents} | {d: default_lossless(d) for d in OTHER_DTYPES}
     bits: dict[str, float] = {}
     promise: dict[str, Promise] = {}
 
     def build(curve: Sequence[Mapping[str, Any]] = ()) -> Profile:
         return Profile(
-            fingerprint=fingerprint, layout=learned.layout, levels=tuple(levels),
-            mean_k=learned.mean_k, mean_v=learned.mean_v,
-            needs_rope=learned.needs_rope, bits_per_value=bits, promise=promise, provenance=provenance,
-            curve=tuple(curve),
+            fingerprint=fingerprint, layout=ladder.layout, levels=tuple(levels), lossy=lossy, lossless=lossless,
+            needs_rope=bool(ladder.tensors[0].is_turned.any()), bits_per_value=bits, promise=promise,
+            provenance=provenance, curve=tuple(curve),
         )  # fmt: skip
 
     draft = build()
@@ -287,15 +248,24 @@ def _measure(
     raw = loss(lambda sample: (sample.k, sample.v))
     report.control = dict(loss(lambda sample: (sample.k, sample.v), keep_last_tokens=CONTROL_TOKENS))
     for i, level in enumerate(levels):
-        progress("promises", 0.8 + 0.2 * i / len(levels))
+        progress("promises", 0.75 + 0.25 * i / len(levels))
         size = [0, 0]
         got = loss(_through_codec(draft, level.name, chunk_tokens, size))
         bits[level.name] = round(8 * size[0] / size[1], 4)
         promise[level.name] = EXACT
         if level.kind is LevelKind.QUANTIZED:
-            promise[level.name] = Promise(
-                kl=got["kl"], delta_nll=got.get("delta_nll"), greedy_agreement=got.get("greedy_agreement"),
-                recall_drop=raw["recall"] - got["recall"] if "recall" in got else None,
-            )  # fmt: skip
-        report.levels.append({"level": level.name, "bits_per_value": bits[level.name], **got})
+            scale = report.scale / 3.0 ** (level.stages - 1)
+            promise[level.name] = _promise(float(_curve_at(report.curve, np.array([scale]))[0]), raw, got)
+        report.levels.append(
+            {"level": level.name, "bits_per_value": bits[level.name], "promise": promise[level.name].kl, **got}
+        )
     return build(report.levels)
+
+
+def _promise(expected: float, raw: Measures, got: Measures) -> Promise:
+    """expected: the KL of the documents that the scale was chosen on. All but kl as measured."""
+    return Promise(
+        kl=promised_kl(expected, got["kl"]), delta_nll=got.get("delta_nll"),
+        greedy_agreement=got.get("greedy_agreement"),
+        recall_drop=raw["recall"] - got["recall"] if "recall" in got else None,
+    )  # fmt: skip

@@ -1,6 +1,8 @@
-"""What a level is: plain data. Pure, numpy.
+"""What a level is, and how calibration says a model's KV is to be coded: plain data. Pure, numpy.
 
-Legend: L layers, H KV heads, D head dim.
+Quality comes in *stages*: stage 0 is the coarsest quantizer, each further stage splits every bin in three. A lossy
+level is a number of stages, so one encoding serves all of them. Legend: L layers, H KV heads, D head dim, M stages,
+n tables, P matrices.
 """
 
 from __future__ import annotations
@@ -14,50 +16,84 @@ from codec.entropy import CodeBook
 
 
 class LevelKind(IntEnum):
-    """How a level's bodies are coded. The numbers are in the bitstream."""
+    """How a level's blobs are coded. The numbers are in the bitstream."""
 
     RAW = 0  # the plain bytes
     LOSSLESS = 1  # exponents entropy coded, sign and mantissa plain
-    QUANTIZED = 2  # unrotated (keys), centred, quantized, perhaps delta coded, entropy coded
+    QUANTIZED = 2  # unrotated (keys), centred, perhaps decorrelated, quantized, perhaps delta coded, entropy coded
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Level:
+    """A name for a kind; stages: how many of the profile's, for quantized levels."""
+
+    name: str
+    kind: LevelKind
+    stages: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class TensorPlan:
-    """How one of K, V is coded at one level, found by calibration.
+    """How one of K, V is coded, found by calibration.
 
-    index [L, H, 2, D] uint8: table of each channel, [.., 0, :] for plain tokens and anchors, [.., 1, :] for deltas.
-    step [L, H] float32, bf16-representable (unused by lossless). group [L] int64: anchor group in tokens, 0 = off.
+    mean, step [L, H, D] float32, bf16 values: of the coded channels at the last (finest) stage; means are of x itself.
+    is_turned [L] bool: keys are unrotated first. group [L] int64: anchor group in tokens, 0 = off.
+    matrix [L, H] int64: which of analysis and synthesis [P, D, D] float32 decorrelates a head, -1 = none:
+    y = (x - mean) @ analysis, x = mean + y @ synthesis.
+    active [M, L, H] int64: leading channels coded at each stage. index [L, H, 2, D] uint8: base table of each
+    channel, [.., 1, :] for deltas. refine [M - 1, L, H, D] uint8: refinement table of each channel at stages 1 up.
     """
 
-    index: np.ndarray
+    mean: np.ndarray
     step: np.ndarray
+    is_turned: np.ndarray
     group: np.ndarray
+    matrix: np.ndarray
+    analysis: np.ndarray
+    synthesis: np.ndarray
+    active: np.ndarray
+    index: np.ndarray
+    refine: np.ndarray
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
-class Level:
-    """One level. `k` and `v` are None where statistics travel inside each blob ("shipped"), as without calibration.
+class Lossy:
+    """The ladder of quantized levels. `k` and `v` are None where statistics travel in each blob ("shipped").
 
-    step_factor: for shipped quantized levels, the step as a multiple of the segment's typical channel spread.
+    codebook: base tables. cuts [M - 1, n, 3, 2] uint16: refinement tables. step_factor, if shipped: the finest step as
+    a multiple of the segment's typical channel spread.
     """
 
-    name: str
-    kind: LevelKind
-    codebook: CodeBook | None = None
+    num_stages: int
+    codebook: CodeBook
+    cuts: np.ndarray
     k: TensorPlan | None = None
     v: TensorPlan | None = None
     step_factor: float = 0.0
 
     @property
     def is_shipped(self) -> bool:
-        return self.kind is not LevelKind.RAW and self.k is None
+        return self.k is None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Lossless:
+    """The tables of one dtype's coded byte. k, v [L, H, D] uint8: each channel's table; None: shipped."""
+
+    codebook: CodeBook
+    k: np.ndarray | None = None
+    v: np.ndarray | None = None
+
+    @property
+    def is_shipped(self) -> bool:
+        return self.k is None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Promise:
     """What calibration measured for a level against the uncompressed model; None where nothing was measured.
 
-    kl: nats a token on tokens that depend on the far context. delta_nll: nats a token. greedy_agreement and
+    kl: a bound on nats a token on tokens that depend on the context. delta_nll: nats a token. greedy_agreement and
     recall_drop: shares of 1.
     """
 

@@ -1,8 +1,9 @@
-"""Uniform mid-tread quantization of one segment, and bf16 in numpy. Pure.
+"""Uniform mid-tread quantization of one segment in nested stages, and bf16 in numpy. Pure.
 
-One step for all channels of a (layer, K or V, head): equal steps are reverse water-filling, small channels get few
-bits or none. Channel means are removed first. No dead zone: |x - mean - q * step| <= step / 2 holds for every value,
-outliers included (they are escaped, not clipped), and the reconstruction then rounds once to bf16.
+Channels are centred and divided by their own step, at the finest stage; a coarser stage's integer is the nearest third
+of the finer one's, so a coarse value is the one that its own, three times larger step would have given, and bins nest
+exactly. No dead zone: |y - q * step| <= step / 2 holds for every value, outliers included (they become exceptions, not
+clipped values), and the reconstruction then rounds once to bf16.
 
 Steps and means are bf16 numbers, so that q * step is exact in float32 and fused multiply-add could not change a bit.
 Legend: T tokens, D head dim.
@@ -31,17 +32,24 @@ def round_to_bf16(x: np.ndarray) -> np.ndarray:
     return bf16_to_float(float_to_bf16(np.asarray(x, np.float32)))
 
 
-def quantize(x: np.ndarray, mean: np.ndarray, inv_step: np.float32) -> np.ndarray | None:
-    """x [T, D] float32, mean [D] float32 -> int32 [T, D]; None if a value is not finite or out of range."""
+def quantize(y: np.ndarray, inv_step: np.ndarray) -> np.ndarray | None:
+    """y [T, D] float32 centred, inv_step [D] -> int32 [T, D] of the finest stage; None: not finite or out of range."""
     with np.errstate(invalid="ignore", over="ignore"):
-        y = np.rint((x - mean) * inv_step)
-    if not bool((np.abs(y) <= MAX_MAGNITUDE).all()):  # also False for NaN
+        z = np.rint(y * inv_step)
+    if not bool((np.abs(z) <= MAX_MAGNITUDE).all()):  # also False for NaN
         return None
-    q: np.ndarray = y.astype(np.int32)
+    q: np.ndarray = z.astype(np.int32)
     return q
 
 
-def dequantize(q: np.ndarray, mean: np.ndarray, step: np.float32) -> np.ndarray:
-    """int32 [T, D] -> float32 [T, D]."""
-    x: np.ndarray = q.astype(np.float32) * step + mean
-    return x
+def coarsen(q: np.ndarray, stages: int) -> np.ndarray:
+    """Integers of a stage -> those `stages` stages coarser."""
+    for _ in range(stages):
+        q = (q + 1) // 3
+    return q
+
+
+def dequantize(q: np.ndarray, multiplier: int, step: np.ndarray) -> np.ndarray:
+    """int32 [T, D] of a stage whose step is `multiplier` finest steps [D] -> float32 [T, D]."""
+    y: np.ndarray = (q * np.int32(multiplier)).astype(np.float32) * step
+    return y

@@ -1,6 +1,7 @@
-"""The four coders of kernels/rans_numba.py, with the same arguments and results, composed from the readable steps.
+"""The coders of kernels/rans_numba.py, with the same arguments and results, composed from the readable steps.
 
 Slow (milliseconds a token), meant for tests and for people: this and kernels/rans_reference.py define the bytes.
+Legend: S segments, T tokens, D head dim, K stages, n tables, R half the rotary dims.
 """
 
 from __future__ import annotations
@@ -9,20 +10,22 @@ from typing import Any
 
 import numpy as np
 
-from codec.anchor_delta import add_anchors, take_deltas
-from codec.quantize import bf16_to_float, dequantize, float_to_bf16, quantize
+from codec.decorrelate import apply_ordered
+from codec.quantize import bf16_to_float, coarsen, dequantize, float_to_bf16, quantize
 from codec.rope import rotate, unrotate
 from kernels.rans_reference import (
-    CENTRE,
-    LANES,
+    NUM_VALUES,
     PROB_BITS,
-    Segment,
+    VALUE_LOW,
+    Coding,
+    Piece,
     StreamError,
     decode_segment,
     encode_segment,
+    new_lanes,
 )
 
-OK, DAMAGED, VALUE_RANGE = 0, 2, 6
+OK, DAMAGED, VALUE_RANGE, NO_ROOM = 0, 2, 6, 7
 Array = np.ndarray[Any, Any]
 
 
@@ -31,138 +34,127 @@ def _rows(flat: Array, at: int, stride_t: int, num_tokens: int, num_dims: int) -
     return np.lib.stride_tricks.as_strided(flat[at:], (num_tokens, num_dims), (stride_t * flat.itemsize, flat.itemsize))
 
 
-def _tables(fs: Array) -> Array:
+def _freqs(enc: Array) -> Array:
     """Frequencies [n, 256] from the encoder's lookup array."""
-    return (fs.reshape(-1, 256) >> 16).astype(np.uint16)
+    return (enc.reshape(-1, NUM_VALUES) >> 16).astype(np.uint16)
 
 
-def _tables_of_slots(lut: Array) -> Array:
+def _freqs_of_slots(lut: Array) -> Array:
     """The same from the decoder's."""
-    slots = (lut >> 24).reshape(-1, 1 << PROB_BITS)
-    return np.stack([np.bincount(row, minlength=256) for row in slots]).astype(np.uint16)
+    slots = (lut >> 21).reshape(-1, 1 << PROB_BITS)
+    return np.stack([np.bincount(row, minlength=NUM_VALUES) for row in slots]).astype(np.uint16)
 
 
-def _read(words: Array, pos: int, num_words: int, num_escapes: int, num_dims: int) -> Segment:
-    size = 2 * min(LANES, num_dims) + num_words + 2 * num_escapes
+def _coding(freqs: Array, index: Array, group: int, cuts: Array, refine_index: Array, active: Array, s: int) -> Coding:
+    pairs = np.stack([cuts & 0xFFFF, cuts >> 16], axis=-1)
+    return Coding(
+        freqs=freqs, index=index[s], group=group, active=[int(a) for a in active[:, s]],
+        cuts=pairs, refine=refine_index[:, s],
+    )  # fmt: skip
+
+
+def _bytes_coding(freqs: Array, index: Array) -> Coding:
+    """One stage, every channel."""
+    return Coding(
+        freqs=freqs, index=np.stack([index, index]), group=0, active=[index.size], cuts=np.zeros((0, 1, 3, 2)),
+        refine=np.zeros((0, index.size)),
+    )  # fmt: skip
+
+
+def _write(out: Array, at: int, words: list[int]) -> int:
+    out[at : at + len(words)] = np.array(words, np.uint16)
+    return at + len(words)
+
+
+def _read(words: Array, pos: int, size: int, exceptions: int, num_states: int) -> Piece:
     taken = [int(w) for w in words[pos : pos + size]]
-    return Segment.from_words(taken, num_dims=num_dims, num_words=num_words, num_escapes=num_escapes)
-
-
-def _write(out: Array, at: int, values: list[int]) -> int:
-    out[at : at + len(values)] = np.array(values, np.uint16)
-    return at + len(values)
+    return Piece.from_words(taken, num_states=num_states, num_exceptions=int(exceptions))
 
 
 def encode_quantized(
-    src: Array,
-    src_pos: Array,
-    stride_t: int,
-    icos: Array,
-    isin: Array,
-    mean: Array,
-    inv_step: Array,
-    group: Array,
-    index: Array,
-    side: Array,
-    fs: Array,
-    out: Array,
-    seg_words: Array,
-    seg_escapes: Array,
-) -> tuple[int, int, int]:
-    at = 0
+    src: Array, src_pos: Array, stride_t: int, icos: Array, isin: Array, turned: Array, mean: Array, inv_step: Array,
+    matrix: Array, analysis: Array, coarser: int, group: Array, enc: Array, standin: Array, base_index: Array,
+    cuts: Array, refine_index: Array, active: Array, side: Array, out: Array, piece_words: Array, exceptions: Array,
+) -> tuple[int, int]:  # fmt: skip
+    del standin  # follows from the tables
+    freqs = _freqs(enc)
+    at = [0] * len(active)
     for s in range(len(src_pos)):
         x = bf16_to_float(_rows(src, src_pos[s], stride_t, icos.shape[0], mean.shape[1]))
-        q = quantize(unrotate(x, icos, isin), mean[s], inv_step[s])
+        with np.errstate(invalid="ignore", over="ignore"):
+            if turned[s]:
+                x = unrotate(x, icos, isin)
+            y = x - mean[s]
+            if matrix[s] >= 0:
+                y = apply_ordered(y, analysis[matrix[s]])
+        q = quantize(y, inv_step[s])
         if q is None:
-            return VALUE_RANGE, s, at
-        coded = encode_segment(take_deltas(q, int(group[s])), _tables(fs), index[s], int(group[s]))
-        seg_words[s], seg_escapes[s] = len(coded.words), len(coded.escapes)
-        at = _write(out, at, [*side[s].tolist(), *coded.to_words()])
-    return OK, -1, at
-
-
-def decode_quantized(
-    words: Array,
-    seg_pos: Array,
-    seg_words: Array,
-    seg_escapes: Array,
-    lut: Array,
-    index: Array,
-    group: Array,
-    step: Array,
-    mean: Array,
-    cos: Array,
-    sin: Array,
-    out: Array,
-    out_pos: Array,
-    stride_t: int,
-) -> tuple[int, int]:
-    tables = _tables_of_slots(lut)
-    shape = (cos.shape[0], mean.shape[1])
-    for s in range(len(seg_pos)):
-        try:
-            coded = _read(words, seg_pos[s], seg_words[s], seg_escapes[s], shape[1])
-            q = add_anchors(decode_segment(coded, tables, index[s], int(group[s]), shape), int(group[s]))
-        except StreamError:
-            return DAMAGED, s
-        _rows(out, out_pos[s], stride_t, *shape)[:] = float_to_bf16(rotate(dequantize(q, mean[s], step[s]), cos, sin))
+            return VALUE_RANGE, s
+        coding = _coding(freqs, base_index, int(group[s]), cuts, refine_index, active, s)
+        for stage, piece in enumerate(encode_segment(coarsen(q, coarser), coding)):
+            words = piece.to_words() if stage else [*side[s].tolist(), *piece.to_words()]
+            piece_words[stage, s], exceptions[stage, s] = len(words), len(piece.exceptions)
+            if at[stage] + len(words) > out.shape[1]:
+                return NO_ROOM, s
+            at[stage] = _write(out[stage], at[stage], words)
     return OK, -1
 
 
-def encode_lossless(
-    src: Array,
-    src_pos: Array,
-    stride_t: int,
-    num_tokens: int,
-    index: Array,
-    side: Array,
-    gap: int,
-    fs: Array,
-    out: Array,
-    out_bytes: Array,
-    seg_words: Array,
-    seg_escapes: Array,
-) -> tuple[int, int, int]:
-    at = 0
-    num_dims = index.shape[2]
-    for s in range(len(src_pos)):
-        raw = _rows(src, src_pos[s], stride_t, num_tokens, num_dims)
-        exponent = (raw.astype(np.int32) >> 7) & 0xFF
-        coded = encode_segment(exponent - CENTRE, _tables(fs), index[s], 0)
-        seg_words[s], seg_escapes[s] = len(coded.words), len(coded.escapes)
-        at = _write(out, at, [*side[s].tolist(), *coded.to_words()])
-        rest = (((raw >> 8) & 0x80) | (raw & 0x7F)).astype(np.uint8).tobytes()
-        rest += b"\0" * (len(rest) % 2)
-        out_bytes[2 * at : 2 * at + len(rest)] = np.frombuffer(rest, np.uint8)
-        at += len(rest) // 2 + gap
-    return OK, -1, at
-
-
-def decode_lossless(
-    words: Array,
-    payload: Array,
-    seg_pos: Array,
-    seg_words: Array,
-    seg_escapes: Array,
-    lut: Array,
-    index: Array,
-    out: Array,
-    out_pos: Array,
-    stride_t: int,
-    num_tokens: int,
-) -> tuple[int, int]:
-    tables = _tables_of_slots(lut)
-    num_dims = index.shape[2]
-    for s in range(len(seg_pos)):
+def decode_quantized(
+    words: Array, pos: Array, size: Array, exceptions: Array, lut: Array, base_index: Array, group: Array,
+    cuts: Array, refine_index: Array, active: Array, is_whole: bool, multiplier: int, step: Array, mean: Array,
+    matrix: Array, synthesis: Array, turned: Array, cos: Array, sin: Array, out: Array, out_pos: Array, stride_t: int,
+) -> tuple[int, int]:  # fmt: skip
+    freqs = _freqs_of_slots(lut)
+    num_tokens, num_dims = cos.shape[0], mean.shape[1]
+    for s in range(pos.shape[1]):
+        coding = _coding(freqs, base_index, int(group[s]), cuts, refine_index, active, s)
         try:
-            coded = _read(words, seg_pos[s], seg_words[s], seg_escapes[s], num_dims)
-            q = decode_segment(coded, tables, index[s], 0, (num_tokens, num_dims))
+            pieces = [
+                _read(words, pos[k, s], size[k, s], exceptions[k, s], len(new_lanes(coding, k)))
+                for k in range(len(active))
+            ]
+            q = decode_segment(pieces, coding, num_tokens, is_whole=is_whole)
         except StreamError:
             return DAMAGED, s
-        at = 2 * (seg_pos[s] + 2 * min(LANES, num_dims) + seg_words[s] + 2 * seg_escapes[s])
-        rest = payload[at : at + q.size].reshape(q.shape).astype(np.uint32)
-        exponent = ((q + CENTRE) & 0xFF).astype(np.uint32)
-        _rows(out, out_pos[s], stride_t, num_tokens, num_dims)[:] = (
-            ((rest & 0x80) << 8) | (exponent << 7) | (rest & 0x7F)
-        )
+        x = dequantize(q, multiplier, step[s])
+        if matrix[s] >= 0:
+            x = apply_ordered(x, synthesis[matrix[s]])
+        x = x + mean[s]
+        if turned[s]:
+            x = rotate(x, cos, sin)
+        _rows(out, out_pos[s], stride_t, num_tokens, num_dims)[:] = float_to_bf16(x)
+    return OK, -1
+
+
+def encode_bytes(
+    coded: Array, enc: Array, standin: Array, index: Array, out: Array, piece_words: Array, exceptions: Array
+) -> tuple[int, int]:
+    del standin
+    freqs = _freqs(enc)
+    at = 0
+    for s in range(len(coded)):
+        (piece,) = encode_segment(coded[s].astype(np.int64) + VALUE_LOW, _bytes_coding(freqs, index[s]))
+        words = piece.to_words()
+        piece_words[s], exceptions[s] = len(words), len(piece.exceptions)
+        if at + len(words) > out.size:
+            return NO_ROOM, s
+        at = _write(out, at, words)
+    return OK, -1
+
+
+def decode_bytes(
+    words: Array, pos: Array, size: Array, exceptions: Array, lut: Array, index: Array, coded: Array
+) -> tuple[int, int]:
+    freqs = _freqs_of_slots(lut)
+    for s in range(len(coded)):
+        coding = _bytes_coding(freqs, index[s])
+        try:
+            piece = _read(words, pos[s], size[s], exceptions[s], len(new_lanes(coding, 0)))
+            q = decode_segment([piece], coding, coded.shape[1], is_whole=True) - VALUE_LOW
+        except StreamError:
+            return DAMAGED, s
+        if (q < 0).any() or (q >= NUM_VALUES).any():
+            return DAMAGED, s
+        coded[s] = q
     return OK, -1

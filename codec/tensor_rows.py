@@ -1,6 +1,6 @@
 """What encoding and decoding share: tensors as flat rows, the backends, plans as the coders want them.
 
-Legend: L layers, T tokens, H KV heads, D head dim, S = L * H segments a tensor.
+Legend: L layers, T tokens, H KV heads, D head dim, S = L * H segments a tensor, M stages, K stages in hand.
 """
 
 from __future__ import annotations
@@ -13,17 +13,28 @@ import numpy as np
 import torch
 
 from codec import reference
-from codec.errors import RopeRequired
-from codec.levels import TensorPlan
+from codec.bitstream import Range
+from codec.errors import CodecError, RopeRequired
+from codec.levels import Lossy, TensorPlan
 from codec.profile import Profile
 from codec.rope import RopeTable
 from kernels import rans_numba
 
 Backend = Literal["numba", "reference"]
 BACKENDS: dict[str, ModuleType] = {"numba": rans_numba, "reference": reference}
-DTYPES = {torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32"}
+DTYPES = {
+    torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float32: "float32",
+    torch.float8_e4m3fn: "float8_e4m3fn", torch.float8_e5m2: "float8_e5m2",
+}  # fmt: skip
 TORCH_DTYPES = {name: dtype for dtype, name in DTYPES.items()}
+BITS_DTYPES = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
 Array = np.ndarray[Any, Any]
+
+
+def bits_of(tensor: torch.Tensor) -> Array:
+    """A CPU tensor's bit patterns as unsigned integers of its width; shares memory."""
+    array: Array = tensor.view(BITS_DTYPES[tensor.element_size()]).numpy()
+    return array.view(f"u{tensor.element_size()}")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,7 +49,7 @@ class StridedRows:
     @staticmethod
     def of(tensor: torch.Tensor) -> StridedRows:
         """Shares memory. The innermost dimension must be contiguous."""
-        view = tensor.view(torch.int16).numpy().view(np.uint16)
+        view = bits_of(tensor)
         stride_l, stride_t, stride_h, _ = (s // 2 for s in view.strides)
         layers, tokens, heads, dim = view.shape
         span = (layers - 1) * stride_l + (tokens - 1) * stride_t + (heads - 1) * stride_h + dim
@@ -48,12 +59,21 @@ class StridedRows:
 
     def segment(self, s: int) -> Array:
         heads = self.view.shape[2]
-        return self.view[s // heads, :, s % heads, :]
+        return np.asarray(self.view[s // heads, :, s % heads, :])
 
 
 def layout_of(profile: Profile) -> tuple[int, int, int, int]:
     lay = profile.layout
     return lay.num_layers, lay.num_kv_heads, lay.head_dim_k, lay.head_dim_v
+
+
+def ranges_of(layers: Range | None, heads: Range | None, whole: tuple[Range, Range]) -> tuple[Range, Range]:
+    """The layers and heads asked for, in the model's numbers, inside what there is. Raises CodecError."""
+    asked = (layers or whole[0], heads or whole[1])
+    for what, (start, stop), (low, high) in zip(("layers", "heads"), asked, whole, strict=True):
+        if not low <= start < stop <= high:
+            raise CodecError(f"{what} {start} to {stop} are not in {low} to {high}")
+    return asked
 
 
 def check_rope(rope: RopeTable | None, num_tokens: int, profile: Profile) -> bool:
@@ -77,7 +97,54 @@ def rope_halves(rope: RopeTable | None, num_tokens: int, *, inverse: bool) -> tu
     return rope.inverse() if inverse else rope.forward()
 
 
-def flat_plan(plan: TensorPlan, heads: int) -> tuple[Array, Array, Array]:
-    """index [S, 2, D], step [S], group [S]."""
-    dim = plan.index.shape[3]
-    return plan.index.reshape(-1, 2, dim), plan.step.reshape(-1), np.repeat(plan.group, heads)
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FlatPlan:
+    """A tensor's plan for some layers and heads and K stages, one row a segment, as the coders take it."""
+
+    mean: Array
+    step: Array
+    turned: Array
+    group: Array
+    matrix: Array
+    analysis: Array
+    synthesis: Array
+    active: Array
+    index: Array
+    refine: Array
+
+    @staticmethod
+    def of(plan: TensorPlan, part: tuple[Range, Range], stages: int) -> FlatPlan:
+        rows, cols = slice(*part[0]), slice(*part[1])
+        heads, dim = part[1][1] - part[1][0], plan.mean.shape[2]
+        count = (part[0][1] - part[0][0]) * heads
+
+        def flat(array: Array, *tail: int) -> Array:
+            return np.ascontiguousarray(array).reshape(-1, *tail)
+
+        return FlatPlan(
+            mean=flat(plan.mean[rows, cols], dim), step=flat(plan.step[rows, cols], dim),
+            turned=np.repeat(plan.is_turned[rows].astype(np.uint8), heads), group=np.repeat(plan.group[rows], heads),
+            matrix=np.ascontiguousarray(plan.matrix[rows, cols]).reshape(-1),
+            analysis=plan.analysis, synthesis=plan.synthesis,
+            active=np.ascontiguousarray(plan.active[:stages, rows, cols]).reshape(stages, count),
+            index=flat(plan.index[rows, cols], 2, dim),
+            refine=np.ascontiguousarray(plan.refine[: stages - 1, rows, cols]).reshape(stages - 1, count, dim),
+        )  # fmt: skip
+
+    @staticmethod
+    def of_shipped(mean: Array, step: Array, index: Array, stages: int, *, is_turned: bool) -> FlatPlan:
+        """mean, step, index [S, D], as they travel in a blob."""
+        count, dim = mean.shape
+        none = np.zeros((0, dim, dim), np.float32)
+        return FlatPlan(
+            mean=mean, step=step, turned=np.full(count, is_turned, np.uint8), group=np.zeros(count, np.int64),
+            matrix=np.full(count, -1, np.int64), analysis=none, synthesis=none,
+            active=np.full((stages, count), dim, np.int64), index=np.repeat(index[:, None, :], 2, axis=1),
+            refine=np.repeat(index[None], stages - 1, axis=0),
+        )  # fmt: skip
+
+
+def packed_cuts(lossy: Lossy, stages: int) -> Array:
+    """cuts [M - 1, n, 3, 2] -> uint32 [K - 1, n, 3], first | second << 16."""
+    wide = lossy.cuts[: stages - 1].astype(np.uint32)
+    return np.ascontiguousarray(wide[..., 0] | (wide[..., 1] << 16))

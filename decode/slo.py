@@ -18,8 +18,8 @@ class SLOPolicy:
 
     ttft_s: float = 0.5
     itl_s: float = 0.1
-    levels: tuple[str, ...] = ("raw", "lossless", "q1", "q2", "q3", "q4", "q5")
-    floor: str = "q4"
+    levels: tuple[str, ...] = ("raw", "lossless", "q1", "q2", "q3")
+    floor: str = "q2"
     allow_recompute: bool = True
 
     def allowed_levels(self) -> tuple[str, ...]:

@@ -43,9 +43,9 @@ def attention_reference(
                 weights = np.exp2(scores - tile_exponent)
                 top = max(exponent, tile_exponent)
                 total = total * np.exp2(exponent - top) + weights.sum() * np.exp2(tile_exponent - top)
-                weighted = weighted * np.exp2(exponent - top) + (
-                    weights @ v[visible, head // group]
-                ) * np.exp2(tile_exponent - top)
+                weighted = weighted * np.exp2(exponent - top) + (weights @ v[visible, head // group]) * np.exp2(
+                    tile_exponent - top
+                )
                 exponent = top
             out[row, head] = weighted / total
     return out

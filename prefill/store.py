@@ -70,6 +70,11 @@ class ChunkStore:
                 self._derived.move_to_end((key, level))
             return blob
 
+    def peek(self, key: bytes, level: str) -> bytes | None:
+        """The blob, or None, without counting as a use."""
+        with self._lock:
+            return self._masters.get(key) if level == MASTER_LEVEL else self._derived.get((key, level))
+
     def sizes(self, key: bytes) -> dict[str, int] | None:
         """Bytes by level of what is kept of a chunk; None if its master is not here."""
         with self._lock:

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from codec.errors import CodecError
 from prefill.block_allocator import blocks_for
+from prefill.chunk_levels import ChunkLevels
 from prefill.chunks import chunk_keys, num_loadable_chunks
 from prefill.engine import SequenceSlice
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime
@@ -78,6 +79,7 @@ class PrefillWorker:
     ) -> None:
         self.worker_id = worker_id
         self.store = ChunkStore(store_bytes)
+        self._levels = ChunkLevels(runtime, self.store)
         self._runtime = runtime
         self._lock = threading.Condition()
         self._transfers: dict[str, _Transfer] = {}
@@ -88,7 +90,7 @@ class PrefillWorker:
         self._stopping = False
         self._computing = False
         self._serving = threading.Event()  # the server's thread may call before `self.server` is set
-        self._counters = {"computed_tokens_total": 0, "encoded_chunks_total": 0, "sent_chunks_total": 0}
+        self._counters = {"computed_tokens_total": 0, "sent_chunks_total": 0}
         self._threads = [
             threading.Thread(target=self._guarded, args=(loop,), name=name, daemon=True)
             for name, loop in (("prefill-compute", self._compute_loop), ("prefill-encode", self._encode_loop))
@@ -120,6 +122,7 @@ class PrefillWorker:
         with self._lock:
             return {
                 **{f"prefill_{name}": value for name, value in self._counters.items()},
+                "prefill_encoded_chunks_total": self._levels.num_encoded,
                 "prefill_transfers_open": len(self._transfers),
                 "prefill_waiting": len(self._prefills),
                 "store_used_bytes": store.used_bytes,
@@ -187,7 +190,7 @@ class PrefillWorker:
         self.server.accept(event.transfer_id, {"stored": stored})
 
     def _sizes(self, key: bytes) -> dict[str, int] | None:
-        sizes = self.store.sizes(key)
+        sizes = self._levels.sizes(key)
         return {} if sizes is None and key in self._fresh else sizes
 
     def _read_open(self, body: dict[str, Any]) -> _Transfer:
@@ -376,13 +379,11 @@ class PrefillWorker:
         with self._lock:
             fresh = self._fresh[key]
         try:
-            master = self._runtime.encode(fresh.k, fresh.v, start=fresh.start, level=MASTER_LEVEL)
-            self.store.put(key, MASTER_LEVEL, master)
+            self._levels.store_master(key, fresh.k, fresh.v, start=fresh.start)
         except CodecError:
             log.exception("%s: a chunk cannot be stored", self.worker_id)
         with self._lock:
             del self._fresh[key]
-            self._counters["encoded_chunks_total"] += 1
 
     def _encode_for(self, transfer_id: str) -> None:
         """Encode and supply the first ready chunk of a transfer that is still wanted."""
@@ -424,20 +425,7 @@ class PrefillWorker:
 
     def _blob(self, transfer: _Transfer, chunk: int, level: str) -> bytes | None:
         key, size = transfer.keys[chunk], transfer.chunk_tokens
-        blob = self.store.get(key, level)
-        if blob is not None:
-            return blob
         with self._lock:
             fresh = self._fresh.get(key)
-        if fresh is not None:
-            k, v = fresh.k, fresh.v
-        else:
-            master = self.store.get(key, MASTER_LEVEL)
-            if master is None:
-                return None
-            k, v = self._runtime.decode(master, start=chunk * size, stop=(chunk + 1) * size)
-        blob = self._runtime.encode(k, v, start=chunk * size, level=level)
-        with self._lock:
-            self._counters["encoded_chunks_total"] += 1
-        self.store.put(key, level, blob)
-        return blob
+        kv = (fresh.k, fresh.v) if fresh is not None else None
+        return self._levels.blob(key, level, start=chunk * size, stop=(chunk + 1) * size, fresh=kv)

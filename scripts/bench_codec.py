@@ -1,159 +1,230 @@
-"""How fast and how small the codec is on one core: `python scripts/bench_codec.py [--profile FILE] [--json FILE]`.
+"""How small, how good and how fast the codec is, on a model's own KV: `python scripts/bench_codec.py [--json FILE]`.
 
-Every level's round trip is checked before it is timed. With a model, its own KV over held-out text is coded; without,
-random KV and the default profile. Speeds are bf16 megabytes a second, best of several rounds.
+Every level is encoded and decoded for real, chunk by chunk, on held-out documents, every byte counted; then the model
+answers questions over what came back, paired with its answers over the KV as it was. A control that drops all KV but
+the last 64 tokens must fail, or the measure is worthless. Round trips are checked before they are timed.
+
+With `--lmcache PYTHON` (the interpreter of a virtual environment that has it, see scripts/bench_lmcache.py) LMCache's
+CacheGen codes the same tensors in the same run, at several settings of its bins.
+
+`kl` is the worse of answers and continued text, on tokens that depend on the context; `delta_nll` and
+`greedy_agreement` are the worse of both on all scored tokens. `ideal_bits_per_value` is the empirical entropy of the
+integers per channel and chunk, without any side information. Speeds are bf16 megabytes a second of one core.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import platform
+import subprocess
 import sys
-import time
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from codec.chunk import decode_chunk, encode_chunk, warmup  # noqa: E402
-from codec.codebook import entropy_bits  # noqa: E402
-from codec.entropy import histogram  # noqa: E402
-from codec.levels import LevelKind  # noqa: E402
-from codec.profile import CodecLayout, Profile, default_profile, load_profile  # noqa: E402
-from codec.quantize import bf16_to_float, quantize  # noqa: E402
-from codec.rope import RopeTable, unrotate  # noqa: E402
+from codec.allocate import KV, Sample  # noqa: E402
+from codec.profile import Profile, load_profile  # noqa: E402
+from scripts.codec_measures import Through, chunks_of, speeds, without_matrices  # noqa: E402
 
-ROUNDS = 7
-
-
-def best_seconds(work: Callable[[], Any]) -> float:
-    """CPU time of this thread, so that a busy machine distorts less."""
-    times = []
-    for _ in range(ROUNDS):
-        started = time.thread_time()
-        work()
-        times.append(time.thread_time() - started)
-    return min(times)
+SEED = 4321  # not calibration's
+NUM_FACTS = 16
+LENGTHS = (600, 1000, 1400, 1800, 800, 1200, 1600, 2000)
+TEXT_LENGTHS = (512, 768, 1024, 1536)
+NEAR_TOKENS = 64
+LMCACHE_BINS = ("default", "16,16,16,16,16", "8,8,8,8,8", "6,6,6,6,6", "4,4,4,4,4")
 
 
-def random_chunk(tokens: int) -> tuple[torch.Tensor, torch.Tensor, RopeTable, Profile]:
-    generator = torch.Generator().manual_seed(0)
-    k, v = (torch.randn(12, tokens, 2, 64, generator=generator).bfloat16() for _ in "kv")
-    angle = np.arange(tokens)[:, None] * 10000.0 ** (-np.arange(0, 64, 2) / 64)
-    both = np.concatenate([angle, angle], axis=1)
-    layout = CodecLayout(num_layers=12, num_kv_heads=2, head_dim_k=64, head_dim_v=64)
-    return k, v, RopeTable(np.cos(both), np.sin(both)), default_profile(layout)
-
-
-def model_chunk(model: Path, text: Path, tokens: int) -> tuple[torch.Tensor, torch.Tensor, RopeTable]:
-    """The KV of the first tokens of the held-out text."""
+def make_loss(model_path: Path, text: Path, num_questions: int, num_texts: int) -> Any:
+    """The documents, their KV, and the model that judges it."""
     import transformers
 
     from prefill.model import load_model
+    from scripts import model_data
+    from scripts.calibration_documents import make_documents, read_text
+    from scripts.calibration_loss import ModelLoss
 
-    loaded = load_model(model)
-    plain = transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16).eval()
-    ids = loaded.tokenizer(text.read_text(encoding="utf-8")[: 12 * tokens])["input_ids"][:tokens]
-    with torch.inference_mode():
-        cache = plain(torch.tensor([ids]), use_cache=True, logits_to_keep=1).past_key_values
-    k = torch.stack([layer.keys[0].transpose(0, 1) for layer in cache.layers]).contiguous()
-    v = torch.stack([layer.values[0].transpose(0, 1) for layer in cache.layers]).contiguous()
-    return k, v, RopeTable(*loaded.rope_tables(0, len(ids)))
-
-
-def ideal_bits(k: torch.Tensor, v: torch.Tensor, rope: RopeTable, profile: Profile, name: str) -> float | None:
-    """Empirical entropy of the symbols per channel of this chunk, no side information (calibrated lossy levels)."""
-    level = profile.level(name)
-    if level.kind is not LevelKind.QUANTIZED or level.is_shipped:
-        return None
-    bits = []
-    for which, tensor, plan, mean in (("K", k, level.k, profile.mean_k), ("V", v, level.v, profile.mean_v)):
-        raw = tensor.view(torch.int16).numpy().view(np.uint16)
-        for layer in range(raw.shape[0]):
-            for head in range(raw.shape[2]):
-                x = bf16_to_float(raw[layer, :, head])
-                x = unrotate(x, *rope.inverse()) if which == "K" else x
-                assert plan is not None
-                q = quantize(x, mean[layer, head], np.float32(1) / plan.step[layer, head])
-                assert q is not None
-                bits.append(entropy_bits(histogram(q)).mean())
-    return float(np.mean(bits))
+    loaded = load_model(model_path)
+    own = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+    exact = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    filler = model_data.encode(loaded.tokenizer, read_text(text))
+    room = loaded.max_context - 160
+    documents = make_documents(
+        loaded.tokenizer,
+        filler.tolist() if hasattr(filler, "tolist") else filler,
+        recall_lengths=[min(LENGTHS[i % len(LENGTHS)], room) for i in range(math.ceil(num_questions / NUM_FACTS))],
+        text_lengths=[min(TEXT_LENGTHS[i % len(TEXT_LENGTHS)], room) for i in range(num_texts)],
+        num_facts=NUM_FACTS,
+        seed=SEED,
+    )
+    return ModelLoss(own, exact, loaded.rope_tables, documents)
 
 
-def bench(k: torch.Tensor, v: torch.Tensor, rope: RopeTable, profile: Profile) -> list[dict[str, Any]]:
-    """One row a level. Raises AssertionError rather than report the speed of a wrong result."""
-    warmup(profile)
-    megabytes = (k.numel() + v.numel()) * 2 / 1e6
-    out = (torch.empty_like(k), torch.empty_like(v))
+def row_of(level: str, measures: dict[str, float], raw: dict[str, float], bits: float, ideal: float) -> dict[str, Any]:
+    return {
+        "level": level,
+        "bits_per_value": round(bits, 4),
+        "ratio_vs_bf16": round(16 / bits, 3) if bits else None,
+        "ideal_bits_per_value": None if math.isnan(ideal) else round(ideal, 4),
+        "kl": measures["kl"],
+        "delta_nll": measures["delta_nll"],
+        "greedy_agreement": measures["greedy_agreement"],
+        "recall_drop": raw["recall"] - measures["recall"] if "recall" in raw else None,
+        "measures": measures,
+    }
+
+
+def measure_levels(loss: Any, profile: Profile, chunk_tokens: int) -> list[dict[str, Any]]:
+    """One row a level, and the control."""
+    raw = loss(lambda sample: (sample.k, sample.v))
     rows = []
     for name in profile.level_names:
-        blob = encode_chunk(k, v, level=name, profile=profile, rope=rope)
-        decode_chunk(blob, profile=profile, rope=rope, out=out)
-        if profile.level(name).kind is not LevelKind.QUANTIZED:
-            assert torch.equal(out[0], k) and torch.equal(out[1], v), f"{name} is not exact"
-        again = decode_chunk(blob, profile=profile, rope=rope)
-        assert all(torch.equal(a, b) for a, b in zip(again, out, strict=True)), f"{name} decodes in two ways"
-        error = float(((out[1] - v).float().square().mean() / v.float().square().mean()).sqrt())
-        assert error < 1.0, f"{name} loses more than everything"
-        encode_s = best_seconds(lambda n=name: encode_chunk(k, v, level=n, profile=profile, rope=rope))
-        decode_s = best_seconds(lambda b=blob: decode_chunk(b, profile=profile, rope=rope, out=out))
-        bits = 8 * len(blob) / (k.numel() + v.numel())
-        rows.append(
-            {
-                "level": name,
-                "bits_per_value": round(bits, 4),
-                "ideal_bits_per_value": ideal_bits(k, v, rope, profile, name),
-                "ratio_vs_bf16": round(16 / bits, 3),
-                "relative_error_v": round(error, 5),
-                "encode_mb_s": round(megabytes / encode_s, 1),
-                "decode_mb_s": round(megabytes / decode_s, 1),
-                "threads": 1,
-                "device": "cpu",
-            }
-        )
+        through = Through(profile, name, chunk_tokens)
+        measures = loss(through)
+        rows.append(row_of(name, measures, raw, through.bits_per_value, through.ideal_bits_per_value))
+        print(f"  {name} done", file=sys.stderr)
+    control = loss(lambda sample: (sample.k, sample.v), keep_last_tokens=NEAR_TOKENS)
+    rows.append(row_of("control", control, raw, 0.0, math.nan))
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+def broken_promises(rows: Sequence[dict[str, Any]], profile: Profile) -> list[str]:
+    """Promised KL that was not kept, and promises that even the control keeps (which would prove nothing)."""
+    by_name = {row["level"]: row for row in rows}
+    wrong = []
+    for name, promise in profile.promise.items():
+        if promise.kl is None or name not in by_name:
+            continue
+        if by_name[name]["kl"] > promise.kl + 1e-6:
+            wrong.append(f"{name}: kl {by_name[name]['kl']:.4f}, promised {promise.kl:.4f}")
+        if promise.kl >= by_name["control"]["kl"]:
+            wrong.append(f"{name}: the control keeps its promise too")
+    return wrong
+
+
+def measure_lmcache(
+    python: str, loss: Any, ours: Sequence[dict[str, Any]], chunk_tokens: int, settings: Sequence[str]
+) -> list[dict[str, Any]]:
+    """CacheGen on the same tensors; beside each setting our smallest level of equal or lower KL."""
+    from safetensors.torch import load_file, save_file
+
+    raw = loss(lambda sample: (sample.k, sample.v))
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        kv, out, report = (Path(folder) / name for name in ("kv.safetensors", "out.safetensors", "report.json"))
+        save_file(
+            {f"{n}.{i}": getattr(s, n).contiguous() for i, s in enumerate(loss.samples) for n in ("k", "v")}, str(kv)
+        )
+        for setting in settings:
+            command = [python, str(ROOT / "scripts" / "bench_lmcache.py"), "--kv", str(kv), "--out", str(out)]
+            command += ["--json", str(report), "--chunk-tokens", str(chunk_tokens)]
+            command += [] if setting == "default" else ["--bins", setting]
+            subprocess.run(command, check=True, timeout=3600, stdout=sys.stderr)
+            found, tensors = json.loads(report.read_text(encoding="utf-8")), load_file(str(out))
+            number = {id(sample): i for i, sample in enumerate(loss.samples)}
+
+            def decoded(sample: Sample, tensors: Any = tensors, number: dict[int, int] = number) -> KV:
+                i = number[id(sample)]
+                return tensors[f"k.{i}"], tensors[f"v.{i}"]
+
+            row = row_of(f"cachegen {setting}", loss(decoded), raw, found["bits_per_value"], math.nan)
+            row |= {name: found[name] for name in ("encode_mb_s", "decode_mb_s", "wrong_values", "lmcache")}
+            peers = [r for r in ours if r["level"] != "control" and r["kl"] <= row["kl"]]
+            best = min(peers, key=lambda r: r["bits_per_value"])
+            row["our_level"], row["our_share_of_bytes"] = best["level"], best["bits_per_value"] / row["bits_per_value"]
+            if "decode_mb_s" in best:
+                row["our_decode_speedup"] = best["decode_mb_s"] / row["decode_mb_s"]
+                row["our_encode_speedup"] = best["encode_mb_s"] / row["encode_mb_s"]
+            rows.append(row)
+    return rows
+
+
+def add_speeds(rows: Sequence[dict[str, Any]], chunk: Sample, profile: Profile) -> None:
+    """Into the rows: of the profile as it is, and of the same integers with decorrelation off."""
+    whole = speeds(chunk, profile, profile.level_names)
+    plain = speeds(*without_matrices(chunk, profile), profile.level_names) if profile.lossy.k is not None else whole
+    for row in rows:
+        if row["level"] in whole:
+            row |= whole[row["level"]] | {"threads": 1, "device": "cpu"}
+            row |= {f"{name}_without_matrices": plain[row["level"]][name] for name in ("encode_mb_s", "decode_mb_s")}
+
+
+def show(rows: Sequence[dict[str, Any]], say: Callable[[str], None] = print) -> None:
+    say(
+        f"{'level':<24}{'bits':>8}{'ideal':>8}{'over':>7}{'ratio':>7}{'kl':>9}{'d nll':>9}{'agree':>8}{'recall-':>9}"
+        f"{'enc':>7}{'dec':>7}{'enc w/o':>9}{'dec w/o':>9}"
+    )
+    for row in rows:
+        ideal = row["ideal_bits_per_value"]
+        cells = [f"{row['level']:<24}{row['bits_per_value']:>8.3f}"]
+        cells.append(f"{ideal:>8.3f}{row['bits_per_value'] - ideal:>7.3f}" if ideal is not None else " " * 15)
+        cells.append(f"{row['ratio_vs_bf16']:>7.2f}" if row["ratio_vs_bf16"] else " " * 7)
+        cells.append(f"{row['kl']:>9.5f}{row['delta_nll']:>9.4f}{row['greedy_agreement']:>8.4f}")
+        cells.append(f"{row['recall_drop']:>9.4f}" if row["recall_drop"] is not None else " " * 9)
+        for name, width in (("encode_mb_s", 7), ("decode_mb_s", 7), ("encode_mb_s_without_matrices", 9),
+                            ("decode_mb_s_without_matrices", 9)):  # fmt: skip
+            cells.append(f"{row[name]:>{width}.0f}" if name in row else " " * width)
+        say("".join(cells))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "model", help="default: the bundled model")
-    parser.add_argument("--text", type=Path, help="default: heldout.txt beside the model")
+    parser.add_argument("--text", type=Path, help="a file or folder; default: heldout.txt beside the model")
     parser.add_argument("--profile", type=Path, help="default: profile.kvp beside the model")
-    parser.add_argument("--random", action="store_true", help="random KV and the default profile, no model")
     parser.add_argument("--chunk-tokens", type=int, default=256)
+    parser.add_argument("--questions", type=int, default=1024, help="paired recall questions (0: none)")
+    parser.add_argument("--texts", type=int, default=48, help="documents of plain text that go on for 96 tokens")
+    parser.add_argument("--speed-only", action="store_true")
+    parser.add_argument("--lmcache", metavar="PYTHON", help="also run LMCache's CacheGen, with this interpreter")
+    parser.add_argument("--lmcache-bins", nargs="+", default=LMCACHE_BINS, help="default: %(default)s")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
-    if args.random:
-        k, v, rope, profile = random_chunk(args.chunk_tokens)
+    profile = load_profile(args.profile or args.model / "profile.kvp")
+    text = args.text or args.model / "heldout.txt"
+    result: dict[str, Any] = {
+        "machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__,
+        "profile": profile.id, "chunk_tokens": args.chunk_tokens,
+    }  # fmt: skip
+    loss = make_loss(args.model, text, 0 if args.speed_only else args.questions, 4 if args.speed_only else args.texts)
+    chunk = next(chunks_of(max(loss.samples, key=lambda s: s.k.shape[1]), args.chunk_tokens))
+    rows: list[dict[str, Any]]
+    if args.speed_only:
+        rows = [row_of(name, _nothing(), {}, 16.0, math.nan) for name in profile.level_names]
+        for row in rows:
+            through = Through(profile, row["level"], args.chunk_tokens)
+            through(chunk)
+            row["bits_per_value"], row["ratio_vs_bf16"] = through.bits_per_value, 16 / through.bits_per_value
     else:
-        k, v, rope = model_chunk(args.model, args.text or args.model / "heldout.txt", args.chunk_tokens)
-        profile = load_profile(args.profile or args.model / "profile.kvp")
-    rows = bench(k, v, rope, profile)
-    machine = {"machine": platform.machine(), "python": platform.python_version(), "torch": torch.__version__}
-    result = {
-        **machine,
-        "profile": profile.id,
-        "chunk_tokens": int(k.shape[1]),
-        "values": k.numel() + v.numel(),
-        "levels": rows,
-    }
-    print(f"{'level':<9} {'bits':>7} {'ideal':>7} {'ratio':>6} {'err V':>7} {'enc MB/s':>9} {'dec MB/s':>9}")
-    for row in rows:
-        ideal = "" if row["ideal_bits_per_value"] is None else f"{row['ideal_bits_per_value']:.3f}"
-        print(
-            f"{row['level']:<9} {row['bits_per_value']:>7.3f} {ideal:>7} {row['ratio_vs_bf16']:>6.2f} "
-            f"{row['relative_error_v']:>7.4f} {row['encode_mb_s']:>9.1f} {row['decode_mb_s']:>9.1f}"
-        )
+        rows = measure_levels(loss, profile, args.chunk_tokens)
+        result["questions"] = args.questions
+        result["broken_promises"] = broken_promises(rows, profile)
+    add_speeds(rows, chunk, profile)
+    result["levels"] = rows
+    show(rows)
+    if args.lmcache:
+        result["lmcache"] = measure_lmcache(args.lmcache, loss, rows, args.chunk_tokens, args.lmcache_bins)
+        show(result["lmcache"])
+        for row in result["lmcache"]:
+            print(f"{row['level']}: our {row['our_level']} takes {row['our_share_of_bytes']:.2f} of its bytes")
+    for line in result.get("broken_promises", []):
+        print(f"PROMISE NOT KEPT {line}")
     if args.json:
         args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 1 if result.get("broken_promises") else 0
+
+
+def _nothing() -> dict[str, float]:
+    return {"kl": math.nan, "delta_nll": math.nan, "greedy_agreement": math.nan}
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,7 +1,7 @@
 """Calibrates the codec for one transformers model: `kvstream calibrate`, and `python -m scripts.calibrate_model`.
 
-Runs the model over held-out text and recall documents, hands its KV and a loss to codec.calibrate, writes the profile
-and a report (Markdown and JSON). Minutes for the bundled model on one core.
+Runs the model over held-out text and recall documents, hands its KV, the KV's Fisher information and a loss to
+codec.calibrate, writes the profile and a report (Markdown, JSON, a picture). Minutes for the bundled model.
 """
 
 from __future__ import annotations
@@ -18,20 +18,49 @@ import torch
 import transformers
 
 from codec.calibrate import calibrate
-from prefill.model import load_model
-from scripts.calibration_loss import ModelLoss, make_documents
+from prefill.model import LoadedModel, load_model
+from scripts import model_data
+from scripts.calibration_documents import make_documents, read_text, split_tokens
+from scripts.calibration_loss import ModelLoss
 from scripts.calibration_report import write_report
 
 ROOT = Path(__file__).resolve().parent.parent
 DEFAULT_REPORT = ROOT / "docs" / "benchmarks" / "profile-bundled-model-202611.md"
-LENGTHS = (600, 800, 1000, 1200, 1536, 2048, 900, 1800)
-VALIDATION_LENGTHS = (600, 900, 1200, 1500, 1800, 2048, 700, 1000, 1300, 1600, 800, 1900)
-NUM_FACTS = 16
-NUM_TEXT = 2
+# Lengths of the recall documents, every other one with names the bundled model never saw, and of the text's contexts.
+LEARN = {
+    "recall": (600, 500, 900, 700, 700, 1000, 1200, 800, 500, 600, 1000, 900, 2048, 750, 800, 1100) * 2,
+    "text": tuple(range(500, 1000, 25)),
+}
+JUDGE = {
+    "recall": (600, 650, 2048, 900, 1000, 700, 1300, 1200, 4000, 800, 700, 1000, 1600, 1500, 800, 600) * 2,
+    "text": tuple(range(500, 1012, 16)),
+}
+NUM_FACTS = 12
 
 
 def _quiet(what: str, share: float) -> None:
     del what, share
+
+
+def _losses(
+    loaded: LoadedModel, model_path: Path, text_path: Path, seed: int, progress: Callable[[str, float], None]
+) -> tuple[ModelLoss, ModelLoss]:
+    """To learn from and to judge by: from disjoint parts of the text."""
+    own = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
+    exact = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
+    most = loaded.max_context - 128
+    longest = min(max(max(part["recall"]) for part in (LEARN, JUDGE)), most)
+    parts = split_tokens(model_data.encode(loaded.tokenizer, read_text(text_path)), longest)
+    out = []
+    for number, (lengths, filler) in enumerate(zip((LEARN, JUDGE), parts, strict=True)):
+        progress("documents", 0.08 * number)
+        documents = make_documents(
+            loaded.tokenizer, filler, num_facts=NUM_FACTS, seed=seed + number,
+            recall_lengths=[min(n, most) for n in lengths["recall"]],
+            text_lengths=[min(n, most) for n in lengths["text"]],
+        )  # fmt: skip
+        out.append(ModelLoss(own, exact, loaded.rope_tables, documents))
+    return out[0], out[1]
 
 
 def calibrate_model(
@@ -44,44 +73,32 @@ def calibrate_model(
     fingerprint: str | None = None,
     progress: Callable[[str, float], None] = _quiet,
 ) -> dict[str, Any]:
-    """Writes the profile to `out` and, if asked, a report; returns a summary. text_path: a text file of at least a few
-    thousand tokens that the model was not trained on (default: heldout.txt beside the model)."""
+    """Writes the profile to `out` and, if asked, a report; returns a summary. text_path: a file, or a folder of .txt
+    and .md files, of some ten thousand tokens that the model was not trained on (default: heldout.txt beside it)."""
     started = time.monotonic()
     model_path = Path(model_path)
     text_path = Path(text_path) if text_path is not None else model_path / "heldout.txt"
-    if not text_path.is_file():
-        raise FileNotFoundError(f"no calibration text at {text_path}; give one with --text FILE")
+    if not text_path.exists():
+        raise FileNotFoundError(f"no calibration text at {text_path}; give a file or a folder of .txt with --text")
     loaded = load_model(model_path)
-    own = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16).eval()
-    exact = transformers.AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32).eval()
-    sets = []
-    for lengths, offset in ((LENGTHS, 0), (VALIDATION_LENGTHS, 1)):
-        room = [min(n, loaded.max_context - 128) for n in lengths]
-        documents = make_documents(
-            loaded.tokenizer,
-            text_path,
-            lengths=room,
-            num_text=NUM_TEXT,
-            num_facts=NUM_FACTS,
-            seed=seed + offset,
-        )
-        progress("documents", 0.05 * offset)
-        sets.append(ModelLoss(own, exact, loaded.rope_tables, documents))
+    learn, judge = _losses(loaded, model_path, text_path, seed, progress)
+    fisher = learn.fisher(seed=seed, progress=lambda share: progress("fisher", 0.16 + 0.14 * share))
     provenance = {
         "model": loaded.name,
         "text": text_path.name,
         "seed": seed,
-        "calibration_lengths": list(LENGTHS),
-        "validation_lengths": list(VALIDATION_LENGTHS),
-        "questions": NUM_FACTS * len(VALIDATION_LENGTHS),
+        "lengths": {"learn": {k: list(v) for k, v in LEARN.items()}, "judge": {k: list(v) for k, v in JUDGE.items()}},
+        "judged_on": judge.counts,
         "torch": torch.__version__,
         "transformers": transformers.__version__,
         "machine": platform.machine(),
+        "threads": torch.get_num_threads(),
         "made": time.strftime("%Y-%m-%d"),
     }
     profile, report = calibrate(
-        sets[0].samples, sets[0], fingerprint=fingerprint or loaded.fingerprint, validate=(sets[1].samples, sets[1]),
-        provenance=provenance, progress=progress,
+        learn.samples, fisher, learn, fingerprint=fingerprint or loaded.fingerprint,
+        validate=(judge.samples, judge), provenance=provenance,
+        progress=lambda what, share: progress(what, 0.3 + 0.7 * share),
     )  # fmt: skip
     profile.save(out)
     summary = {
@@ -101,7 +118,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Calibrate the codec for a model.")
     parser.add_argument("--model", default=ROOT / "model", type=Path)
     parser.add_argument("--out", type=Path, help="default: profile.kvp beside the model")
-    parser.add_argument("--text", type=Path, help="default: heldout.txt beside the model")
+    parser.add_argument("--text", type=Path, help="file or folder; default: heldout.txt beside the model")
     parser.add_argument(
         "--report",
         type=Path,

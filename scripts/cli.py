@@ -257,7 +257,10 @@ def calibrate(
     model: Annotated[Path, typer.Option(help="Model folder.")],
     out: Annotated[Path, typer.Option(help="File for the profile.")],
     text: Annotated[
-        Path | None, typer.Option(help="Text that the model was not trained on. Default: heldout.txt beside the model.")
+        Path | None,
+        typer.Option(
+            help="Text that the model was not trained on, a file or a folder. Default: heldout.txt beside it."
+        ),
     ] = None,
     report: Annotated[Path | None, typer.Option(help="Also write what was measured, as Markdown.")] = None,
 ) -> None:
@@ -265,8 +268,8 @@ def calibrate(
     check_environment()
     check_model(str(model))
     text = text if text is not None else model / "heldout.txt"
-    if not text.is_file():
-        fail(f"calibration text {text} does not exist; give a text file with --text")
+    if not text.exists():
+        fail(f"calibration text {text} does not exist; give a text file or a folder of .txt files with --text")
     for target in (out, report):
         check_writable(target)
     from rich.progress import Progress

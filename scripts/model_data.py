@@ -29,6 +29,14 @@ Pilot Hunter Archer Baker Carter Draper Farrier Gardener Herald Joiner Keeper Lo
 Rider Scholar Trader Usher Warden Yeoman Comet Meteor Saturn Jupiter Neptune Pluto Orion Vega Sirius Castor Pollux
 Andromeda Cygnus Lyra Perseus Phoenix Draco Hydra Pegasus""".split()
 
+# Names that the bundled model never saw, several tokens each: questions about them are hard, so that answers are
+# uncertain and an error in the KV shows.
+UNSEEN_NAMES = """Zanzibar Abernathy Okonkwo Thornbury Valdemar Kowalski Brisbane Quetzal Nakamura Fitzgerald Lumumba
+Schreiber Andalusia Montevideo Birmingham Szymanski Kilimanjaro Guadalupe Petersen Vercingetorix Winnipeg Rasmussen
+Caledonia Bonaventure Tchaikovsky Oberhausen Mahalia Kensington Dubrovnik Llewellyn Anatolia Bartholomew Casablanca
+Dragomir Esterhazy Faulkner Gilgamesh Hellespont Islington Jaipur Kathmandu Lombardy Mozambique Nottingham Ouagadougou
+Pondicherry Reykjavik Samarkand Timbuktu Uppsala""".split()
+
 # Two-word names are one of these and one of NAMES: " Quiet Falcon".
 ADJECTIVES = """Quiet Bright Hidden Northern Southern Eastern Western Ancient Broken Distant Gentle Hollow Little Lonely
 Narrow Open Royal Silent Stormy Winter""".split()
@@ -114,8 +122,10 @@ class RecallDocument:
     chat: bool
 
 
-def make_facts(rng: random.Random, count: int, value_kind: str | None = None) -> list[Fact]:
-    """``count`` facts with one wording and distinct names; ``value_kind`` is "number", "words" or None (either)."""
+def make_facts(
+    rng: random.Random, count: int, value_kind: str | None = None, pool: Sequence[str] = NAMES
+) -> list[Fact]:
+    """``count`` facts with one wording and distinct names of ``pool``; ``value_kind`` is "number", "words" or None."""
     kind = value_kind or rng.choice(["number", "words"])
     if kind not in ("number", "words"):
         raise ValueError(f"value_kind must be 'number' or 'words', not {kind!r}")
@@ -124,7 +134,7 @@ def make_facts(rng: random.Random, count: int, value_kind: str | None = None) ->
     style = rng.random()
     names: dict[str, None] = {}
     while len(names) < count:
-        name = rng.choice(NAMES)
+        name = rng.choice(pool)
         # A fifth of the documents mixes in two-word names, so that one word of a name can be ambiguous.
         if style < 0.2 and rng.random() < 0.7:
             name = f"{rng.choice(ADJECTIVES)} {name}"
@@ -202,6 +212,7 @@ def recall_document(
     *,
     chat: bool = False,
     value_kind: str | None = None,
+    names: Sequence[str] = NAMES,
 ) -> RecallDocument:
     """A document of book text with ``num_facts`` facts at random depth, and a question for each fact.
 
@@ -210,7 +221,7 @@ def recall_document(
     value; with ``chat`` the document is a user turn, the question ends it, and the answer is the
     assistant's whole sentence with the end token.
     """
-    facts = make_facts(rng, num_facts, value_kind)
+    facts = make_facts(rng, num_facts, value_kind, names)
     statements = [encode(tokenizer, " " + fact.sentence) for fact in facts]
     head, tail = [special_id(tokenizer, BOS)], []
     if chat:

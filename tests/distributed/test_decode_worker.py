@@ -227,11 +227,11 @@ def test_a_source_that_sends_another_level_than_it_says_is_found_out(
 ) -> None:
     blob = PrefillWorker._blob
     monkeypatch.setattr(
-        PrefillWorker, "_blob", lambda worker, transfer, chunk, level: blob(worker, transfer, chunk, "q4")
+        PrefillWorker, "_blob", lambda worker, transfer, chunk, level: blob(worker, transfer, chunk, "q3")
     )
     tokens = prompt(3 * CHUNK + 3, seed=40)
     _, event = pair.ask(tokens, kv_mode="lossless")
-    assert "'q4'" in event["failed"]["message"]
+    assert "'q3'" in event["failed"]["message"]
     answer, receipt = pair.ask(tokens, floor="lossless")
     assert answer == pair.reference(tokens, 8) and receipt["levels"] == {"text": 3}
 

@@ -159,7 +159,7 @@ def test_a_chunk_asked_for_after_the_computation_has_passed_and_lost_it(monkeypa
         transfer_id, _ = receiver.opened(prompt(8 * CHUNK + 1, seed=5))
         receiver.client.request(transfer_id, 7, MASTER_LEVEL)
         with worker._lock:
-            passed = lambda: not worker._fresh and worker._counters["encoded_chunks_total"] == 6  # noqa: E731
+            passed = lambda: not worker._fresh and worker._levels.num_encoded == 6  # noqa: E731
             assert worker._lock.wait_for(passed, LATEST_S)
         receiver.client.request(transfer_id, 0, MASTER_LEVEL)
         deadline = time.monotonic() + LATEST_S

@@ -76,7 +76,7 @@ def test_the_deadline_starts_at_admission() -> None:
 def test_auto_may_do_both() -> None:
     spec = orders()
     assert (spec.may_load, spec.may_compute, spec.num_chunks) == (True, True, 3)
-    assert spec.levels == LEVELS[:6]  # the policy's floor is q4
+    assert spec.levels == LEVELS[:4]  # the policy's floor is q2
 
 
 def test_a_policy_without_recompute_only_loads_unless_it_cannot() -> None:

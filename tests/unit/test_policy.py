@@ -32,7 +32,7 @@ def test_an_empty_policy_is_the_default() -> None:
 
 
 def test_levels_without_a_floor_allow_all_of_them() -> None:
-    assert parse_policy("levels: [raw, q5]").floor == "q5"
+    assert parse_policy("levels: [raw, q3]").floor == "q3"
 
 
 def test_zero_means_as_fast_as_possible() -> None:
