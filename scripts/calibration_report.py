@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from codec.calibrate import BOUNDS, MARGIN, Report
+from codec.calibrate import BOUNDS, MARGIN, PROMISE_MARGIN, Report
 from codec.profile import Profile
 
 _LEVEL_COLUMNS = {
@@ -138,9 +138,9 @@ def render(profile: Profile, report: Report, summary: Mapping[str, Any], picture
         "the context, half of them about names that the bundled model never saw, so that it is unsure; *text*: tokens "
         "that continue plain text. A token depends on the far context if dropping all but the last 64 tokens of "
         "context moves its log-probability by more than 0.1 nat. A promise bounds the mean KL of such tokens, for "
-        f"answers and text alike: {MARGIN:g} times the worst measured, here or on the documents that the steps were "
-        "chosen on, rounded up to 1, 2, 3 or 5 of a power of ten; the rest is as measured. `control` drops all KV but "
-        "the last 64 tokens: it must break every promise. ± are standard errors by documents. Judged on: "
+        f"answers and text alike: {PROMISE_MARGIN:g} times the worst measured, here or on the documents that the steps "
+        "were chosen on, rounded up to 1, 2, 3 or 5 of a power of ten; the rest is as measured. `control` drops all KV "
+        "but the last 64 tokens: it must break every promise. ± are standard errors by documents. Judged on: "
         f"`{json.dumps(made.get('judged_on', {}))}`.",
         "",
         *_levels(profile, report),

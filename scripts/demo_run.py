@@ -34,7 +34,7 @@ from scripts.model_data import encode, recall_document
 from transport.shaper import Shaper
 
 SPEEDS_MBPS = (20.0, 100.0, 400.0, 2000.0, float("inf"))
-FIXED_LEVEL = "q3"
+FIXED_LEVEL = "q2"
 WAYS: dict[str, dict[str, Any]] = {
     "text": {"mode": "text"},
     "raw": {"mode": "raw"},

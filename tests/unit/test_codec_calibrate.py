@@ -177,8 +177,8 @@ def test_idle_channels_are_left_out_of_coarse_stages() -> None:
 
 
 def test_promises_are_round_and_the_scale_keeps_them() -> None:
-    assert [promised_kl(x) for x in (0.00017, 0.0014, 0.02, 0.0201, 0.0)] == [3e-4, 3e-3, 0.03, 0.05, 1e-6]
-    assert promised_kl(0.001, 0.002) == 0.003
+    assert [promised_kl(x) for x in (0.00017, 0.0014, 0.012, 0.0121, 0.0)] == [5e-4, 5e-3, 0.03, 0.05, 1e-6]
+    assert promised_kl(0.001, 0.002) == 0.005
     curve = [{"scale": s, "kl": s**2} for s in np.geomspace(0.001, 1, 9)]
     scale = _choose_scale(curve)
     levels = [(scale / 3.0**m) ** 2 for m in range(len(BOUNDS))]
