@@ -4,12 +4,14 @@ Every level is encoded and decoded for real, chunk by chunk, on held-out documen
 answers questions over what came back, paired with its answers over the KV as it was. A control that drops all KV but
 the last 64 tokens must fail, or the measure is worthless. Round trips are checked before they are timed.
 
-With `--lmcache PYTHON` (the interpreter of a virtual environment that has it, see scripts/bench_lmcache.py) LMCache's
-CacheGen codes the same tensors in the same run, at several settings of its bins.
+Plain int8, int4 and int2 (keys per channel, values per token, as KIVI has them) stand beside it. With `--lmcache
+PYTHON` (the interpreter of a virtual environment that has it, see scripts/bench_lmcache.py) LMCache's CacheGen codes
+the same tensors in the same run, at several settings of its bins.
 
 `kl` is the worse of answers and continued text, on tokens that depend on the context; `delta_nll` and
 `greedy_agreement` are the worse of both on all scored tokens. `ideal_bits_per_value` is the empirical entropy of the
-integers per channel and chunk, without any side information. Speeds are bf16 megabytes a second of one core.
+integers per channel and chunk, without any side information; `over` is what a chunk of exactly that many tokens costs
+more. Speeds are bf16 megabytes a second of one core.
 """
 
 from __future__ import annotations
@@ -32,13 +34,21 @@ sys.path.insert(0, str(ROOT))
 
 from codec.allocate import KV, Sample  # noqa: E402
 from codec.profile import Profile, load_profile  # noqa: E402
-from scripts.codec_measures import Through, chunks_of, speeds, without_matrices  # noqa: E402
+from scripts.codec_measures import (  # noqa: E402
+    PLAIN_GROUP,
+    Through,
+    chunks_of,
+    plain_integers,
+    speeds,
+    without_matrices,
+)
 
 SEED = 4321  # not calibration's
 NUM_FACTS = 16
 LENGTHS = (600, 1000, 1400, 1800, 800, 1200, 1600, 2000)
 TEXT_LENGTHS = (512, 768, 1024, 1536)
 NEAR_TOKENS = 64
+PLAIN_BITS = (8, 4, 2)
 LMCACHE_BINS = ("default", "16,16,16,16,16", "8,8,8,8,8", "6,6,6,6,6", "4,4,4,4,4")
 
 
@@ -88,7 +98,8 @@ def measure_levels(loss: Any, profile: Profile, chunk_tokens: int) -> list[dict[
     for name in profile.level_names:
         through = Through(profile, name, chunk_tokens)
         measures = loss(through)
-        rows.append(row_of(name, measures, raw, through.bits_per_value, through.ideal_bits_per_value))
+        row = row_of(name, measures, raw, through.bits_per_value, through.ideal_bits_per_value)
+        rows.append(row | {"overhead_bits_per_value": round(through.overhead_bits_per_value, 4)})
         print(f"  {name} done", file=sys.stderr)
     control = loss(lambda sample: (sample.k, sample.v), keep_last_tokens=NEAR_TOKENS)
     rows.append(row_of("control", control, raw, 0.0, math.nan))
@@ -107,6 +118,24 @@ def broken_promises(rows: Sequence[dict[str, Any]], profile: Profile) -> list[st
         if promise.kl >= by_name["control"]["kl"]:
             wrong.append(f"{name}: the control keeps its promise too")
     return wrong
+
+
+def measure_plain(loss: Any, ours: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Plain int8 and int4 on the same tensors; beside each our smallest level of equal or lower KL."""
+    raw = loss(lambda sample: (sample.k, sample.v))
+    rows = []
+    for bits in PLAIN_BITS:
+        row = row_of(f"plain int{bits}", loss(plain_integers(bits)), raw, bits + 32 / PLAIN_GROUP, math.nan)
+        rows.append(row | _best_of(ours, row))
+    return rows
+
+
+def _best_of(ours: Sequence[dict[str, Any]], peer: dict[str, Any]) -> dict[str, Any]:
+    best = min(
+        (row for row in ours if row["level"] != "control" and row["kl"] <= peer["kl"]),
+        key=lambda row: float(row["bits_per_value"]),
+    )
+    return {"our_level": best["level"], "our_share_of_bytes": best["bits_per_value"] / peer["bits_per_value"]}
 
 
 def measure_lmcache(
@@ -137,9 +166,8 @@ def measure_lmcache(
             row = row_of(f"cachegen {setting}", loss(decoded), raw, found["bits_per_value"], math.nan)
             names = ("encode_mb_s", "decode_mb_s", "encode_mb_s_pool", "decode_mb_s_pool", "wrong_values", "lmcache")
             row |= {name: found[name] for name in names}
-            peers = [r for r in ours if r["level"] != "control" and r["kl"] <= row["kl"]]
-            best = min(peers, key=lambda r: r["bits_per_value"])
-            row["our_level"], row["our_share_of_bytes"] = best["level"], best["bits_per_value"] / row["bits_per_value"]
+            row |= _best_of(ours, row)
+            best = next(r for r in ours if r["level"] == row["our_level"])
             for way in ("encode", "decode"):  # against its CPU path as it ships, with its thread pool
                 row[f"our_{way}_speedup"] = best[f"{way}_mb_s"] / row[f"{way}_mb_s_pool"]
                 row[f"our_{way}_speedup_without_matrices"] = (
@@ -167,7 +195,9 @@ def show(rows: Sequence[dict[str, Any]], say: Callable[[str], None] = print) -> 
     for row in rows:
         ideal = row["ideal_bits_per_value"]
         cells = [f"{row['level']:<24}{row['bits_per_value']:>8.3f}"]
-        cells.append(f"{ideal:>8.3f}{row['bits_per_value'] - ideal:>7.3f}" if ideal is not None else " " * 15)
+        cells.append(f"{ideal:>8.3f}" if ideal is not None else " " * 8)
+        over = row.get("overhead_bits_per_value")
+        cells.append(f"{over:>7.3f}" if over is not None else " " * 7)
         cells.append(f"{row['ratio_vs_bf16']:>7.2f}" if row["ratio_vs_bf16"] else " " * 7)
         cells.append(f"{row['kl']:>9.5f}{row['delta_nll']:>9.4f}{row['greedy_agreement']:>8.4f}")
         cells.append(f"{row['recall_drop']:>9.4f}" if row["recall_drop"] is not None else " " * 9)
@@ -213,6 +243,9 @@ def main() -> int:
     add_speeds(rows, chunk, profile)
     result["levels"] = rows
     show(rows)
+    if not args.speed_only:
+        result["plain"] = measure_plain(loss, rows)
+        show(result["plain"])
     if args.lmcache:
         result["lmcache"] = measure_lmcache(args.lmcache, loss, rows, args.chunk_tokens, args.lmcache_bins)
         show(result["lmcache"])

@@ -52,7 +52,8 @@ class Through:
     num_bytes: int = 0
     num_values: int = 0
     ideal_bits: float = 0.0
-    is_counting: bool = True
+    over_bits: float = 0.0  # of whole chunks alone: a document's last is shorter
+    over_values: int = 0
 
     def __call__(self, sample: Sample) -> KV:
         parts = []
@@ -62,7 +63,11 @@ class Through:
             values = chunk.k.numel() + chunk.v.numel()
             self.num_bytes += len(blob)
             self.num_values += values
-            self.ideal_bits += ideal_bits(chunk, self.profile, self.level) * values
+            ideal = ideal_bits(chunk, self.profile, self.level) * values
+            self.ideal_bits += ideal
+            if chunk.k.shape[1] == self.chunk_tokens:
+                self.over_bits += 8 * len(blob) - ideal
+                self.over_values += values
         return torch.cat([k for k, _ in parts], dim=1), torch.cat([v for _, v in parts], dim=1)
 
     @property
@@ -72,6 +77,11 @@ class Through:
     @property
     def ideal_bits_per_value(self) -> float:
         return self.ideal_bits / self.num_values
+
+    @property
+    def overhead_bits_per_value(self) -> float:
+        """Side information, states and table mismatch in chunks of exactly chunk_tokens; nan if there are none."""
+        return self.over_bits / self.over_values if self.over_values else float("nan")
 
 
 def ideal_bits(chunk: Sample, profile: Profile, level: str) -> float:
@@ -141,6 +151,25 @@ def without_matrices(chunk: Sample, profile: Profile) -> tuple[Sample, Profile]:
         )  # fmt: skip
     lossy = replace(profile.lossy, k=plans[0], v=plans[1])
     return Sample(k=tensors[0], v=tensors[1], rope=chunk.rope), replace(profile, lossy=lossy)
+
+
+PLAIN_GROUP = 64
+
+
+def plain_integers(bits: int) -> Callable[[Sample], KV]:
+    """Plain integer quantization as KIVI lays it out (Liu et al., arXiv:2402.02750): keys per channel in groups of 64
+    tokens, values per token and head, smallest and largest value in bf16. Costs bits + 32 / 64 (V: / D) a value."""
+
+    def coarse(x: torch.Tensor, dim: int) -> torch.Tensor:
+        low, high = x.amin(dim=dim, keepdim=True).bfloat16().float(), x.amax(dim=dim, keepdim=True).bfloat16().float()
+        step = ((high - low) / (2**bits - 1)).clamp(min=1e-12)
+        return ((x - low) / step).round().clamp(0, 2**bits - 1) * step + low
+
+    def transform(sample: Sample) -> KV:
+        groups = [coarse(part, 1) for part in sample.k.float().split(PLAIN_GROUP, dim=1)]
+        return torch.cat(groups, dim=1).to(sample.k.dtype), coarse(sample.v.float(), 3).to(sample.v.dtype)
+
+    return transform
 
 
 def best_seconds(work: Callable[[], Any], rounds: int = ROUNDS) -> float:

@@ -33,4 +33,4 @@ def test_its_levels_are_a_ladder_and_the_control_fails_every_promise() -> None:
     assert len(lossy) >= 3 and 16 / bits[-1] >= 16 and 16 / profile.bits_per_value["lossless"] >= 1.35
     kls = [profile.promise[name].kl for name in lossy]
     assert all(kl is not None and kl * 10 < report["control"]["kl"] for kl in kls)
-    assert kls[0] <= 0.005 and kls[0] < kls[-1]
+    assert kls[0] <= 0.01 and kls[0] < kls[-1]

@@ -321,6 +321,7 @@ def test_warmup_compiles_all_that_serving_needs() -> None:
         kernel for kernel in (getattr(rans_numba, name) for name in rans_numba.__all__) if hasattr(kernel, "signatures")
     ]
     assert len(kernels) >= 6
+    before = [len(kernel.signatures) for kernel in kernels]  # other tests may have called them with other arrays
     for profile in profiles(layout):
         warmup(profile)
     warmup(default_profile(make_layout(1, 1, 1, 1)))
@@ -334,4 +335,4 @@ def test_warmup_compiles_all_that_serving_needs() -> None:
                         decode_chunk(form, profile=profile, rope=rope, out=out)
                     decode_chunk(form, profile=profile, rope=rope, layers=(1, 2), heads=(0, 1))
     assert [len(kernel.signatures) for kernel in kernels] == compiled
-    assert max(compiled) == 1
+    assert max(after - had for after, had in zip(compiled, before)) <= 1
