@@ -269,7 +269,9 @@ def test_a_stopped_source_is_suspect_and_a_restarted_one_serves_again(make: Call
         receiver.client.request(again_id, 0, "raw")
         receiver.blobs(1)
         again.server.shutdown()
-        assert "shut down" in receiver.wait(ev.TransferLost).reason
+        reason = receiver.wait(ev.TransferLost).reason
+        # The goodbye, or the reset that overtakes it where our last message met a closed socket.
+        assert "shut down" in reason or "was cut" in reason
     finally:
         process.kill()
         process.communicate()
