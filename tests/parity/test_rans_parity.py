@@ -15,6 +15,7 @@ from codec_cases import check_round_trip, make_kv, make_layout, make_profile, ma
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from codec.anchor_delta import add_anchors, take_deltas
 from codec.chunk import cut_chunk, decode_chunk, encode_chunk
 from codec.entropy import CodeBook, bell_cuts, bell_table, cuts_of, normalize
 from codec.levels import LevelKind
@@ -225,3 +226,15 @@ def test_constants_are_one_truth() -> None:
     assert encode.OK == decode.OK == reference.OK == rans_encode_numba.OK == rans_decode_numba.OK
     assert reference.VALUE_RANGE == rans_encode_numba.VALUE_RANGE
     assert encode.NO_ROOM == reference.NO_ROOM == rans_encode_numba.NO_ROOM
+
+
+@given(tokens=st.integers(1, 20), group=st.integers(1, 7), seed=st.integers(0, 2**32 - 1))
+@settings(max_examples=25)
+def test_the_streams_deltas_are_the_step_that_is_described(tokens: int, group: int, seed: int) -> None:
+    """codec/anchor_delta.py is the readable step; the stream has it built in, with tables of its own for deltas."""
+    rng = np.random.default_rng(seed)
+    q = np.rint(rng.normal(0, 4, (tokens, 20))).astype(np.int64)
+    coding = make_coding(rng, 20, group, [20])
+    alike = replace(coding, index=np.stack([coding.index[0]] * 2))  # deltas with the tables of anchors
+    assert encode_segment(q, alike) == encode_segment(take_deltas(q, group), replace(alike, group=0))
+    assert np.array_equal(add_anchors(take_deltas(q, group), group), q)
