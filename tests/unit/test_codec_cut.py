@@ -16,7 +16,15 @@ from hypothesis import strategies as st
 
 from codec import bitstream
 from codec.bitstream import CRC_BYTES, HEADER_BYTES
-from codec.chunk import cut_chunk, decode_chunk, encode_chunk, inspect_blob, refine_chunk, refinement_of
+from codec.chunk import (
+    cut_chunk,
+    decode_chunk,
+    encode_chunk,
+    inspect_blob,
+    level_sizes,
+    refine_chunk,
+    refinement_of,
+)
 from codec.errors import (
     BlobError,
     ChecksumMismatch,
@@ -376,3 +384,19 @@ def test_cutting_and_refining_any_chunk(  # type: ignore[no-untyped-def]
     out = decode_chunk(mine_fine, profile=profile, rope=rope, backend=backend)
     again = decode_chunk(blob, profile=profile, rope=rope, backend=backend, **part)
     assert all(same_bits(a, b) for a, b in zip(out, again))
+
+
+def test_level_sizes_are_those_of_the_cuts_and_of_no_finer_level() -> None:
+    layout = make_layout()
+    profile = make_profile(layout, matrices=True)
+    k, v = make_kv(layout, 20)
+    for level, expected in (
+        ("q1", {"q1", "q2", "q3"}),
+        ("q2", {"q2", "q3"}),
+        ("q3", {"q3"}),
+        ("lossless", {"lossless"}),
+    ):
+        blob = encode_chunk(k, v, level=level, profile=profile, rope=None)
+        sizes = level_sizes(blob, profile=profile)
+        assert set(sizes) == expected
+        assert sizes == {name: len(cut_chunk(blob, profile=profile, level=name)) for name in expected}
