@@ -23,6 +23,7 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from importlib import metadata
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ from codec import bitstream, gpu, gpu_encode  # noqa: E402
 from codec.chunk import decode_chunk, encode_chunk, inspect_blob  # noqa: E402
 from codec.decorrelate import as_stored  # noqa: E402
 from codec.entropy import CodeBook, bell_cuts, bell_table  # noqa: E402
-from codec.errors import BlobError  # noqa: E402
+from codec.errors import BlobError, InvalidProfile  # noqa: E402
 from codec.levels import EXACT, Level, LevelKind, Lossy, Promise, TensorPlan  # noqa: E402
 from codec.profile import CodecLayout, Profile, default_lossless, default_profile, load_profile  # noqa: E402
 from codec.quantize import round_to_bf16  # noqa: E402
@@ -75,10 +76,8 @@ class Report:
 def machine_of(device: torch.device) -> dict[str, Any]:
     def version(name: str) -> str:
         try:
-            from importlib.metadata import version as of
-
-            return of(name)
-        except Exception:
+            return metadata.version(name)
+        except metadata.PackageNotFoundError:
             return "-"
 
     is_cuda = device.type == "cuda"
@@ -305,7 +304,7 @@ def captured(run: Callable[[], None]) -> Callable[[], None]:
         replay()
         torch.cuda.synchronize()
         return replay
-    except Exception as error:
+    except Exception as error:  # a graph only takes launch time off; what cannot be captured is timed as it is
         print(f"not captured, timed as it is: {error}", flush=True)
         torch.cuda.synchronize()
         return run
@@ -369,7 +368,7 @@ def whole_way(report: Report, folder: Path, device: torch.device, prompt_tokens:
     try:
         profile = load_profile(folder / "profile.kvp")
         calibrated = profile.fingerprint == loaded.fingerprint
-    except Exception:
+    except (OSError, InvalidProfile):  # none, or an older one: the report says which profile it used
         calibrated = False
     if not calibrated:
         profile = default_profile(loaded.layout, fingerprint=loaded.fingerprint)
