@@ -29,8 +29,9 @@ class SamplingParams:
 class GenerationRequest:
     """One prompt on its way to tokens. Stop *strings* are the gateway's business: workers see token ids only.
 
-    `ttft_s` and `floor` override the policy for this request; None leaves the policy's value.
-    `cache_salt` keeps stored contexts of different tenants apart.
+    `ttft_s`, `itl_s` and `floor` override the policy for this request; None leaves the policy's value. `tenant` names
+    whose part of the policy holds. `cache_salt` keeps stored contexts apart.
+    `plan`: a receipt's plan to be followed: {"chunk_tokens", "levels", "refinements"}, see docs/slo-controller.md.
     """
 
     request_id: str
@@ -40,6 +41,9 @@ class GenerationRequest:
     ttft_s: float | None = None
     floor: str | None = None
     cache_salt: str = ""
+    tenant: str = ""
+    itl_s: float | None = None
+    plan: dict[str, Any] | None = None
 
     def to_wire(self) -> dict[str, Any]:
         """A dictionary that msgpack can carry."""
