@@ -7,6 +7,7 @@ TransportError
  ├── TooMuch               a call would pass a stated limit of ours (chunks, transfers, body size)
  ├── InsecureBind          a bind off loopback without keys
  ├── BindFailed            the address is in use or not ours
+ ├── BadTrace              a bandwidth trace that cannot be followed
  ├── TransportClosed       a call after shutdown
  └── StreamError           tokens and control (stream_rpc)
       ├── StreamLost       the peer died or went silent
@@ -43,6 +44,10 @@ class InsecureBind(TransportError):
 
 class BindFailed(TransportError):
     """The address cannot be bound."""
+
+
+class BadTrace(TransportError):
+    """A bandwidth trace that cannot be followed."""
 
 
 class TransportClosed(TransportError):

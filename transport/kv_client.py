@@ -116,9 +116,10 @@ class KVClient:
         return transfer_id
 
     def request(self, transfer_id: str, chunk: int, level: str, *, priority: int = 0) -> None:
-        """A standing request. Again with another level or priority: amends it until the source has taken it."""
-        if chunk < 0 or not 0 < len(level) <= self._limits.level_chars:
-            raise ValueError(f"no chunk {chunk} at level {level!r}")
+        """A standing request; a lower priority (0 or more) is sooner. Again with another level: amends it until the
+        source has taken it; with another priority: as long as any of it is unsent."""
+        if chunk < 0 or not 0 < len(level) <= self._limits.level_chars or not 0 <= priority < 2**53:
+            raise ValueError(f"no chunk {chunk} at level {level!r} with priority {priority}")
         self._do(RequestChunk(transfer_id=transfer_id, chunk=chunk, level=level, priority=priority))
 
     def withdraw(self, transfer_id: str, chunk: int) -> None:

@@ -43,8 +43,8 @@ class Pacing:
     gain: float = 1.5
     startup_gain: float = 2.0  # at first, while the measured rate grows by a quarter from sample to sample
     scheduling_slack_s: float = 0.005  # a busy Python thread keeps the interpreter lock for up to 5 ms
-    part_s: float = 0.02  # a part should take about this long on the link ...
-    min_part_bytes: int = 16 * KB
+    part_s: float = 0.01  # a part should take about this long on the link ...
+    min_part_bytes: int = 8 * KB
     first_part_bytes: int = 32 * KB  # ... and this is its size before the rate is known
     max_part_bytes: int = 256 * KB
     min_window_parts: int = 2

@@ -8,7 +8,7 @@ lost, and ends the session; 0 is for the two messages that are sent outside a se
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 PROTOCOL_VERSION = 1
@@ -99,7 +99,7 @@ class Request:
     chunk: int
     level: str
     ask: int  # the same number amends a standing request, a higher one asks anew
-    priority: int  # lower is sooner
+    priority: int  # lower is sooner; 0 or more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +127,8 @@ class Part:
     total: int
     sent_us: int  # the source's clock when it was committed to the socket
     data: Buffer
+    # The blob that this is a part of, where both ends share memory (the simulator); never comes out of a socket.
+    whole: memoryview | None = field(default=None, repr=False, compare=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

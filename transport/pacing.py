@@ -35,8 +35,9 @@ class RecentMin:
 
     @property
     def value(self) -> float | None:
-        known = [value for value in (self._now, self._before) if value is not None]
-        return min(known) if known else None
+        if self._now is None or self._before is None:
+            return self._before if self._now is None else self._now
+        return min(self._now, self._before)
 
 
 class LinkPacer:
@@ -51,9 +52,11 @@ class LinkPacer:
         self._rtt = RecentMin()
         # Smallest (arrival on our clock − departure on the source's): their clocks' offset plus the one-way delay.
         self._one_way = RecentMin()
+        self._decide()
 
     def on_rtt(self, rtt_s: float, now: float) -> None:
         self._rtt.add(rtt_s, now)
+        self._decide()
 
     def on_departure(self, sent_us: int, at: float) -> None:
         """A small message told when it left."""
@@ -86,6 +89,7 @@ class LinkPacer:
                 grew = not self._rates or rate > 1.25 * max(self._rates)
                 self._flat_samples = 0 if grew else self._flat_samples + 1
             self._rates.append(rate)
+            self._decide()
             self._sample_start, self._sample_bytes, self._sample_parts = at, 0, 0
 
     @property
@@ -104,21 +108,19 @@ class LinkPacer:
     def rtt_s(self) -> float | None:
         return self._rtt.value
 
-    @property
-    def part_bytes(self) -> int:
-        """A power of two, so that sizes do not jitter with every sample."""
-        pacing = self._pacing
-        if self.rate is None:
-            return pacing.first_part_bytes
-        wanted = max(1, int(self.rate * pacing.part_s))
-        return min(pacing.max_part_bytes, max(pacing.min_part_bytes, 1 << (wanted.bit_length() - 1)))
-
-    @property
-    def window_bytes(self) -> int:
-        pacing = self._pacing
-        floor = pacing.min_window_parts * self.part_bytes
-        if self.rate is None:
-            return floor
+    def _decide(self) -> None:
+        """Part and window, from what was measured. The part is a power of two, so that it does not jitter with every
+        sample."""
+        pacing, rate = self._pacing, self.rate
+        if rate is None:
+            self.part_bytes = pacing.first_part_bytes
+            self.window_bytes = pacing.min_window_parts * self.part_bytes
+            return
+        wanted = max(1, int(rate * pacing.part_s))
+        self.part_bytes = min(pacing.max_part_bytes, max(pacing.min_part_bytes, 1 << (wanted.bit_length() - 1)))
         gain = pacing.startup_gain if self._starting else pacing.gain
-        wanted = int(gain * self.rate * ((self.rtt_s or 0.0) + pacing.scheduling_slack_s))
-        return min(pacing.max_window_bytes, max(floor, wanted))
+        # One part more, because credit is used and given back in whole parts: without it a long slow link idles, looks
+        # slower than it is, and is granted even less.
+        wanted = int(gain * rate * ((self.rtt_s or 0.0) + pacing.scheduling_slack_s)) + self.part_bytes
+        floor = pacing.min_window_parts * self.part_bytes
+        self.window_bytes = min(pacing.max_window_bytes, max(floor, wanted))

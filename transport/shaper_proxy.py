@@ -1,4 +1,4 @@
-"""The proxy inside transport/shaper.py: token buckets, pumps, a delay line. Imports nothing of ours.
+"""The proxy inside transport/shaper.py: it pumps bytes both ways at the link's rate, and does to them what TCP allows.
 
 One bucket per direction is shared by all connections, as a link is. Little is hoarded: small kernel buffers and reads
 of a few milliseconds, so the sender feels the rate as back-pressure.
@@ -13,48 +13,23 @@ import fcntl
 import json
 import math
 import socket
+import struct
 import termios
 import time
-from collections import deque
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
 
-READ_BYTES = 64 * 1024  # held per connection and direction, unless READ_S at a fast rate is more
+from transport.errors import BadTrace
+from transport.rate_trace import RateTrace
+from transport.shaper_link import BitFlips, Bucket, DelayLine, Pace, parse_rate
+
 UNLIMITED_READ_BYTES = 1024 * 1024
 READ_S = 0.004  # a read takes at most about this long on the link, so that a change of rate is felt at once
-BURST_S = 0.002  # after idleness: next to nothing, so that a small blob does not seem to meet a faster link
-LATE_S = 0.05  # while data waits: what a busy processor may cost this process before the rate suffers
-MIN_BURST_BYTES, MAX_BURST_BYTES = 3 * 1024, 64 * 1024
 SHORTEST_SLEEP_S = 0.002  # shorter ones are saved up: the event loop's own clock ticks in milliseconds
+LONG_SLEEP_S = 0.1  # longer ones (an outage) end early when the rate is changed
 BUFFER_BYTES = 64 * 1024  # SO_SNDBUF and SO_RCVBUF; the kernel doubles it
-
-
-def parse_rate(value: object) -> float:
-    """Bits per second from Mbit/s; 0 and "inf" mean no limit."""
-    rate_mbps = float(value)  # type: ignore[arg-type]
-    if math.isnan(rate_mbps) or rate_mbps < 0:
-        raise ValueError(f"rate_mbps must be 0 (no limit) or more, not {value!r}")
-    return math.inf if rate_mbps == 0 else rate_mbps * 1e6
-
-
-class Bucket:
-    """The time at which the link is free again, with a burst allowed after idleness."""
-
-    def __init__(self) -> None:
-        self.free_at = 0.0
-        self.carried_bytes = 0
-
-    def reserve(self, num_bytes: int, rate_bps: float, now: float, *, waiting: bool = False) -> float:
-        """Seconds to wait before these bytes may go on. `waiting`: they lay there already, so the link was not idle
-        and time that has passed since it was free is ours to catch up."""
-        self.carried_bytes += num_bytes
-        if rate_bps == math.inf:
-            self.free_at = now
-            return 0.0
-        per_second = rate_bps / 8
-        burst_bytes = min(MAX_BURST_BYTES, max(MIN_BURST_BYTES, per_second * BURST_S))
-        allowance_s = max(LATE_S if waiting else 0.0, burst_bytes / per_second)
-        start = max(self.free_at, now - allowance_s)
-        self.free_at = start + num_bytes * 8 / rate_bps
-        return max(0.0, self.free_at - now)
+RESET_ON_CLOSE = struct.pack("ii", 1, 0)  # SO_LINGER: on, for no time at all
 
 
 def lies_there(end: socket.socket) -> bool:
@@ -64,26 +39,80 @@ def lies_there(end: socket.socket) -> bool:
     return count[0] > 0
 
 
+@dataclass(slots=True, kw_only=True, eq=False)
+class _Direction:
+    flips: BitFlips
+    jitter: Random
+    bucket: Bucket = field(default_factory=Bucket)
+    turn: asyncio.Lock = field(default_factory=asyncio.Lock)  # connections of one direction take turns
+
+
 class Proxy:
-    def __init__(self, target: tuple[str, int], rate_bps: float, delay_s: float) -> None:
+    def __init__(self, target: tuple[str, int], seed: int) -> None:
         self.target = target
-        self.rate_bps = rate_bps
-        self.delay_s = delay_s
-        self.up, self.down = Bucket(), Bucket()
-        self._turns = {id(self.up): asyncio.Lock(), id(self.down): asyncio.Lock()}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self.delay_s = self.jitter_s = 0.0
+        self.pace = Pace(math.inf)
+        self.up, self.down = (
+            _Direction(flips=BitFlips(Random(f"{seed} {name} flips")), jitter=Random(f"{seed} {name} jitter"))
+            for name in ("up", "down")
+        )
+        self.num_cut = 0
+        self._pace_changed = asyncio.Event()
+        self._flowing = asyncio.Event()
+        self._flowing.set()
+        self._stall_ends: asyncio.TimerHandle | None = None
+        self._cut_until = 0.0
+        self._connections: dict[asyncio.Task[None], tuple[socket.socket, socket.socket]] = {}
+
+    # -- what the control port asks for --
+
+    def set_pace(self, pace: Pace) -> None:
+        self.pace = pace
+        now = time.monotonic()
+        for direction in (self.up, self.down):
+            direction.bucket.free_at = min(direction.bucket.free_at, now)  # it may lie behind an outage that is over
+        self._pace_changed.set()
+        self._pace_changed = asyncio.Event()
+
+    def stall(self, for_s: float) -> None:
+        """Nothing goes on, in either direction, and nobody is told."""
+        if self._stall_ends is not None:
+            self._stall_ends.cancel()
+        self._flowing.clear()
+        self._stall_ends = asyncio.get_running_loop().call_later(for_s, self._flowing.set)
+
+    def cut(self, for_s: float) -> None:
+        """All connections are reset at both ends, and new ones for as long."""
+        self._cut_until = time.monotonic() + for_s
+        for task, ends in self._connections.items():
+            for end in ends:
+                end.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+            task.cancel()
+            self.num_cut += 1
+
+    # -- connections --
 
     async def serve(self, listener: socket.socket) -> None:
         loop = asyncio.get_running_loop()
         while True:
             client, _ = await loop.sock_accept(listener)
-            task = asyncio.create_task(self._connect(client))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            if time.monotonic() < self._cut_until:
+                client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET_ON_CLOSE)
+                client.close()
+                continue
+            server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+            task = asyncio.create_task(self._connect(client, server))
+            self._connections[task] = (client, server)
+            task.add_done_callback(self._closed)
 
-    async def _connect(self, client: socket.socket) -> None:
+    def _closed(self, task: asyncio.Task[None]) -> None:
+        # Here and not in the task: one that is cancelled before its first step never runs.
+        for end in self._connections.pop(task):
+            end.close()
+
+    async def _connect(self, client: socket.socket, server: socket.socket) -> None:
         loop = asyncio.get_running_loop()
-        server = socket.socket(socket.AF_INET, socket.SOCK_STREAM)
+        pumps: list[asyncio.Task[None]] = []
         try:
             for end in (client, server):
                 end.setblocking(False)
@@ -91,48 +120,45 @@ class Proxy:
                 end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, BUFFER_BYTES)
             server.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, BUFFER_BYTES)  # before the connect
             await loop.sock_connect(server, self.target)
-            pumps = [
+            pumps += [
                 asyncio.create_task(self._pump(client, server, self.up)),
                 asyncio.create_task(self._pump(server, client, self.down)),
             ]
             await asyncio.wait(pumps, return_when=asyncio.FIRST_COMPLETED)
-            for pump in pumps:
-                pump.cancel()
-            await asyncio.gather(*pumps, return_exceptions=True)
         except OSError:
             pass  # the target is not there: the client sees its connection closed
         finally:
-            client.close()
-            server.close()
+            for pump in pumps:
+                pump.cancel()
+            await asyncio.gather(*pumps, return_exceptions=True)
 
-    async def _pump(self, source: socket.socket, sink: socket.socket, bucket: Bucket) -> None:
+    async def _pump(self, source: socket.socket, sink: socket.socket, direction: _Direction) -> None:
         """Ends when either side does; both are then closed, so an end is noticed at once on the other side."""
         loop = asyncio.get_running_loop()
         buffer = memoryview(bytearray(UNLIMITED_READ_BYTES))
         line = DelayLine(loop, sink)
+        bucket = direction.bucket
         bucket.free_at = max(bucket.free_at, time.monotonic())  # what came before the connection is no lateness
         try:
             while True:
-                limited = self.rate_bps != math.inf
-                wanted = int(self.rate_bps / 8 * READ_S) if limited else UNLIMITED_READ_BYTES
+                rate_bps = self.pace.bps(time.monotonic())
+                limited = rate_bps != math.inf
+                wanted = int(rate_bps / 8 * READ_S) if limited else UNLIMITED_READ_BYTES
                 size = max(1460, min(wanted, UNLIMITED_READ_BYTES))
                 waiting = lies_there(source)
                 count = await loop.sock_recv_into(source, buffer[:size])
                 if count == 0:
                     await line.drained()
                     return
-                if limited:
-                    turn = self._turns[id(bucket)]
-                    waiting = waiting or turn.locked()
-                    async with turn:  # connections of one direction take turns
-                        wait_s = bucket.reserve(count, self.rate_bps, time.monotonic(), waiting=waiting)
-                        if wait_s > SHORTEST_SLEEP_S:
-                            await asyncio.sleep(wait_s)
-                else:
-                    bucket.reserve(count, math.inf, time.monotonic())
-                if self.delay_s > 0 or line.busy:
-                    line.put(bytes(buffer[:count]), self.delay_s)
-                    await line.room(int(self.rate_bps / 8 * self.delay_s) if limited else 64 << 20)
+                waiting = waiting or direction.turn.locked()
+                async with direction.turn:
+                    await self._wait(bucket.reserve(count, self.pace, time.monotonic(), waiting=waiting))
+                await self._flowing.wait()
+                direction.flips.apply(buffer[:count])
+                if self.delay_s > 0 or self.jitter_s > 0 or line.busy:
+                    line.put(bytes(buffer[:count]), self.delay_s + self.jitter_s * direction.jitter.random())
+                    longest_s = self.delay_s + self.jitter_s
+                    await line.room(int(rate_bps / 8 * longest_s) if limited else 64 << 20)
                 else:
                     await loop.sock_sendall(sink, buffer[:count])
         except OSError:
@@ -140,81 +166,66 @@ class Proxy:
         finally:
             line.close()
 
+    async def _wait(self, wait_s: float) -> None:
+        if wait_s > LONG_SLEEP_S:
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._pace_changed.wait(), wait_s)
+        elif wait_s > SHORTEST_SLEEP_S:
+            await asyncio.sleep(wait_s)
 
-class DelayLine:
-    """Bytes on their way: delivered in order, each after its delay."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, sink: socket.socket) -> None:
-        self._loop, self._sink = loop, sink
-        self._items: deque[tuple[float, bytes]] = deque()
-        self._held_bytes = 0
-        self._changed = asyncio.Event()
-        self._task: asyncio.Task[None] | None = None
+# -- the control port: one JSON object a line, each key of it a setting or a fault --
 
-    @property
-    def busy(self) -> bool:
-        return bool(self._items)
+WISHES = ("rate_mbps", "trace", "delay_ms", "jitter_ms", "corrupt_per_mb", "stall_s", "cut_s")
 
-    def put(self, data: bytes, delay_s: float) -> None:
-        self._items.append((time.monotonic() + delay_s, data))
-        self._held_bytes += len(data)
-        if self._task is None:
-            self._task = asyncio.create_task(self._deliver())
-        self._changed.set()
 
-    async def room(self, in_flight_bytes: int) -> None:
-        while self._held_bytes > in_flight_bytes + READ_BYTES and not self._failed():
-            self._changed.clear()
-            await self._changed.wait()
-        if self._failed():
-            raise ConnectionError
+def apply_wish(proxy: Proxy, wish: dict[str, Any]) -> None:
+    """Nothing is changed if anything in it is wrong. Raises ValueError, TypeError, KeyError or BadTrace."""
+    unknown = [key for key in wish if key not in WISHES]
+    if unknown or ("rate_mbps" in wish and "trace" in wish):
+        raise ValueError(f"keys are {', '.join(WISHES)}, and a rate or a trace, not both; got {sorted(wish)}")
+    pace: Pace | None = None
+    if "trace" in wish:
+        pace = Pace(RateTrace.from_mbps((float(at), float(mbps)) for at, mbps in wish["trace"]), time.monotonic())
+    elif "rate_mbps" in wish:
+        pace = Pace(parse_rate(wish["rate_mbps"]))
+    numbers = {key: float(value) for key, value in wish.items() if key not in ("rate_mbps", "trace")}
+    for key, number in numbers.items():
+        if not 0 <= number < math.inf:
+            raise ValueError(f"{key} must be 0 or more, not {wish[key]!r}")
+    if pace is not None:
+        proxy.set_pace(pace)
+    proxy.delay_s = numbers.get("delay_ms", proxy.delay_s * 1000) / 1000
+    proxy.jitter_s = numbers.get("jitter_ms", proxy.jitter_s * 1000) / 1000
+    if "corrupt_per_mb" in numbers:
+        proxy.up.flips.set_rate(numbers["corrupt_per_mb"])
+        proxy.down.flips.set_rate(numbers["corrupt_per_mb"])
+    if "stall_s" in numbers:
+        proxy.stall(numbers["stall_s"])
+    if "cut_s" in numbers:
+        proxy.cut(numbers["cut_s"])
 
-    async def drained(self) -> None:
-        while self._items and not self._failed():
-            self._changed.clear()
-            await self._changed.wait()
 
-    def close(self) -> None:
-        if self._task is not None:
-            self._task.cancel()
-
-    def _failed(self) -> bool:
-        return self._task is not None and self._task.done()
-
-    async def _deliver(self) -> None:
-        try:
-            while True:
-                while not self._items:
-                    self._changed.clear()
-                    await self._changed.wait()
-                due, data = self._items[0]
-                await asyncio.sleep(max(0.0, due - time.monotonic()))
-                await self._loop.sock_sendall(self._sink, data)
-                self._items.popleft()
-                self._held_bytes -= len(data)
-                self._changed.set()
-        except OSError:
-            pass
-        finally:
-            self._loop.call_soon(self._changed.set)
+def describe(proxy: Proxy) -> dict[str, Any]:
+    rate_bps = proxy.pace.bps(time.monotonic())
+    return {
+        "rate_mbps": 0 if rate_bps == math.inf else rate_bps / 1e6,
+        "delay_ms": proxy.delay_s * 1000,
+        "jitter_ms": proxy.jitter_s * 1000,
+        "up_bytes": proxy.up.bucket.carried_bytes,
+        "down_bytes": proxy.down.bucket.carried_bytes,
+        "flipped_bits": proxy.up.flips.num_flipped + proxy.down.flips.num_flipped,
+        "connections_cut": proxy.num_cut,
+    }
 
 
 async def serve_control(proxy: Proxy, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     with contextlib.suppress(ConnectionError, asyncio.LimitOverrunError, ValueError):
         while line := await reader.readline():
             try:
-                wish = json.loads(line)
-                rate_bps = parse_rate(wish["rate_mbps"]) if "rate_mbps" in wish else proxy.rate_bps
-                delay_s = float(wish["delay_ms"]) / 1000 if "delay_ms" in wish else proxy.delay_s
-                proxy.rate_bps, proxy.delay_s = rate_bps, max(0.0, delay_s)
-                answer = {
-                    "ok": True,
-                    "rate_mbps": 0 if rate_bps == math.inf else rate_bps / 1e6,
-                    "delay_ms": proxy.delay_s * 1000,
-                    "up_bytes": proxy.up.carried_bytes,
-                    "down_bytes": proxy.down.carried_bytes,
-                }
-            except (ValueError, TypeError, KeyError) as error:
+                apply_wish(proxy, json.loads(line))
+                answer = {"ok": True, **describe(proxy)}
+            except (ValueError, TypeError, KeyError, AttributeError, BadTrace) as error:
                 answer = {"ok": False, "error": f'expected a line like {{"rate_mbps": 5}}: {error}'}
             writer.write(json.dumps(answer).encode() + b"\n")
             await writer.drain()

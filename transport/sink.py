@@ -13,24 +13,10 @@ from typing import Any
 
 from transport import events as ev
 from transport import messages as msg
+from transport import sink_io as io
 from transport.errors import TooMuch, UnknownTransfer
 from transport.limits import Limits, Pacing, Timing
 from transport.messages import Greeting, find_mismatch, turned_away
-from transport.sink_io import (
-    CloseTransfer,
-    Command,
-    Connect,
-    Disconnect,
-    LinkDown,
-    Notify,
-    OpenTransfer,
-    Received,
-    RequestChunk,
-    Shutdown,
-    SinkInput,
-    Tick,
-    WithdrawChunk,
-)
 from transport.sink_link import Ask, Broken, Link, LinkStats, Transfer
 
 
@@ -54,11 +40,11 @@ class Sink:
         self._by_endpoint: dict[str, Link] = {}
         self._transfers: dict[str, Transfer] = {}
         self._assembling_bytes = 0
-        self._out: list[Command] = []
+        self._out: list[io.Command] = []
         self._now = 0.0
         self.num_dropped = 0  # packets of another session, duplicates, parts nobody waits for
 
-    def handle(self, event: SinkInput, now: float) -> list[Command]:
+    def handle(self, event: io.SinkInput, now: float) -> list[io.Command]:
         """Raises UnknownTransfer or TooMuch for calls of the owner, nothing for what a peer sent."""
         self._now = now
         self._INPUTS[type(event)](self, event)
@@ -68,7 +54,7 @@ class Sink:
 
     # -- what the owner asks for --
 
-    def _open(self, event: OpenTransfer) -> None:
+    def _open(self, event: io.OpenTransfer) -> None:
         assert event.transfer_id not in self._transfers
         link = self._by_endpoint.get(event.endpoint) or self._connect(event)
         if len(link.transfers) >= self._limits.transfers_per_peer:
@@ -78,7 +64,7 @@ class Sink:
         link.idle_since = None
         link.send(msg.Open(transfer=event.transfer_id, body=event.body))
 
-    def _connect(self, event: OpenTransfer) -> Link:
+    def _connect(self, event: io.OpenTransfer) -> Link:
         self._epoch += 1
         link = Link(
             endpoint=event.endpoint,
@@ -89,11 +75,11 @@ class Sink:
             out=self._out,
         )
         self._links[link.name] = self._by_endpoint[link.endpoint] = link
-        self._out.append(Connect(link=link.name, endpoint=link.endpoint, server_public_key=event.server_public_key))
+        self._out.append(io.Connect(link=link.name, endpoint=link.endpoint, server_public_key=event.server_public_key))
         link.greet(self._greeting.fields())
         return link
 
-    def _request(self, event: RequestChunk) -> None:
+    def _request(self, event: io.RequestChunk) -> None:
         transfer = self._find(event.transfer_id)
         ask = transfer.asks.get(event.chunk)
         if ask is None:
@@ -102,32 +88,36 @@ class Sink:
             ask = Ask(number=transfer.next_ask, level=event.level, priority=event.priority)
             transfer.asks[event.chunk] = ask
             transfer.next_ask += 1
-        elif (ask.level, ask.priority) == (event.level, event.priority) or ask.buffer is not None:
-            return  # already so, or too late: it is arriving
-        ask.level, ask.priority = event.level, event.priority
+        elif (ask.level, ask.priority) == (event.level, event.priority):
+            return
+        elif ask.blob is not None and ask.priority == event.priority:
+            return  # too late for another level: it is arriving
+        elif ask.blob is None:
+            ask.level = event.level
+        ask.priority = event.priority
         transfer.link.send(
             msg.Request(
                 transfer=transfer.id,
                 chunk=event.chunk,
-                level=event.level,
+                level=ask.level,
                 ask=ask.number,
-                priority=event.priority,
+                priority=ask.priority,
             )
         )
 
-    def _withdraw(self, event: WithdrawChunk) -> None:
+    def _withdraw(self, event: io.WithdrawChunk) -> None:
         transfer = self._find(event.transfer_id)
         ask = self._forget(transfer, event.chunk)
         if ask is not None:
             transfer.link.send(msg.Withdraw(transfer=event.transfer_id, chunk=event.chunk, ask=ask.number))
 
-    def _close(self, event: CloseTransfer) -> None:
+    def _close(self, event: io.CloseTransfer) -> None:
         transfer = self._transfers.get(event.transfer_id)
         if transfer is not None:  # closing twice, or what was lost meanwhile, is fine
             transfer.link.send(msg.Close(transfer=event.transfer_id, reason=event.reason))
             self._end(event.transfer_id)
 
-    def _shutdown(self, event: Shutdown) -> None:
+    def _shutdown(self, event: io.Shutdown) -> None:
         for link in list(self._links.values()):
             link.send(msg.Goodbye(reason="the receiver shut down"))
             self._break(link, "the receiver shut down")
@@ -140,7 +130,7 @@ class Sink:
 
     # -- what comes from the network --
 
-    def _received(self, event: Received) -> None:
+    def _received(self, event: io.Received) -> None:
         link, packet, message = self._links.get(event.link), event.packet, event.packet.message
         if link is None or packet.epoch != link.epoch:
             self.num_dropped += 1
@@ -217,7 +207,7 @@ class Sink:
         if transfer is None or ask is None or ask.number != part.ask:
             self.num_dropped += 1  # closed or withdrawn while it was on its way
             return
-        if ask.buffer is None:
+        if ask.blob is None:
             if self._assembling_bytes + part.total > self._limits.assembling_bytes:
                 limit_bytes = self._limits.assembling_bytes
                 return self._break(link, f"more than {limit_bytes} bytes of unfinished blobs, the limit")
@@ -227,7 +217,7 @@ class Sink:
         self._tell_arrival(transfer, part, ask, wire_s)
 
     def _tell_arrival(self, transfer: Transfer, part: msg.Part, ask: Ask, wire_s: float) -> None:
-        assert ask.buffer is not None
+        assert ask.blob is not None
         self._notify(
             ev.PartArrived(
                 transfer_id=part.transfer,
@@ -251,7 +241,7 @@ class Sink:
                 at=self._now,
                 chunk=part.chunk,
                 level=part.level,
-                blob=memoryview(ask.buffer).toreadonly(),
+                blob=memoryview(ask.blob).toreadonly(),
                 started_at=ask.started_at,
                 wire_s=ask.wire_s,
                 sharing=sharing,
@@ -267,14 +257,14 @@ class Sink:
     def _on_goodbye(self, link: Link, message: msg.Goodbye) -> None:
         self._break(link, message.reason)
 
-    def _link_down(self, event: LinkDown) -> None:
+    def _link_down(self, event: io.LinkDown) -> None:
         link = self._links.get(event.link)
         if link is not None:
             self._break(link, event.reason)
 
     # -- time --
 
-    def _tick(self, event: Tick) -> None:
+    def _tick(self, event: io.Tick) -> None:
         for link in list(self._links.values()):
             broken = link.tick(self._timing, self._now)
             if broken is not None:
@@ -287,12 +277,12 @@ class Sink:
     # -- helpers --
 
     def _notify(self, event: ev.TransferEvent) -> None:
-        self._out.append(Notify(event=event))
+        self._out.append(io.Notify(event=event))
 
     def _forget(self, transfer: Transfer, chunk: int) -> Ask | None:
         ask = transfer.asks.pop(chunk, None)
-        if ask is not None and ask.buffer is not None:
-            self._assembling_bytes -= len(ask.buffer)
+        if ask is not None and ask.blob is not None:
+            self._assembling_bytes -= len(ask.blob)
         return ask
 
     def _end(self, transfer_id: str) -> None:
@@ -310,12 +300,16 @@ class Sink:
         del self._links[link.name]
         if self._by_endpoint.get(link.endpoint) is link:
             del self._by_endpoint[link.endpoint]
-        self._out.append(Disconnect(link=link.name))
+        self._out.append(io.Disconnect(link=link.name))
 
     # -- what the owner may look at --
 
     def link_stats(self) -> list[LinkStats]:
         return [link.stats() for link in self._links.values()]
+
+    @property
+    def num_links(self) -> int:
+        return len(self._links)
 
     @property
     def num_transfers(self) -> int:
@@ -326,7 +320,7 @@ class Sink:
         assembling = 0
         for transfer_id, transfer in self._transfers.items():
             assert self._links[transfer.link.name].transfers[transfer_id] is transfer
-            assembling += sum(len(ask.buffer) for ask in transfer.asks.values() if ask.buffer is not None)
+            assembling += sum(len(ask.blob) for ask in transfer.asks.values() if ask.blob is not None)
         assert assembling == self._assembling_bytes, (assembling, self._assembling_bytes)
         assert sum(len(link.transfers) for link in self._links.values()) == len(self._transfers)
         assert {id(link) for link in self._by_endpoint.values()} == {id(link) for link in self._links.values()}
@@ -334,14 +328,14 @@ class Sink:
             link.check_integrity()
 
     _INPUTS: dict[type, Callable[[Sink, Any], None]] = {
-        OpenTransfer: _open,
-        RequestChunk: _request,
-        WithdrawChunk: _withdraw,
-        CloseTransfer: _close,
-        Received: _received,
-        LinkDown: _link_down,
-        Tick: _tick,
-        Shutdown: _shutdown,
+        io.OpenTransfer: _open,
+        io.RequestChunk: _request,
+        io.WithdrawChunk: _withdraw,
+        io.CloseTransfer: _close,
+        io.Received: _received,
+        io.LinkDown: _link_down,
+        io.Tick: _tick,
+        io.Shutdown: _shutdown,
     }
     _MESSAGES: dict[type, Callable[[Sink, Link, Any], None]] = {
         msg.Welcome: _on_welcome,

@@ -32,21 +32,24 @@ class Ask:
     number: int
     level: str
     priority: int
-    buffer: bytearray | None = None  # from the first part on
+    blob: bytearray | memoryview | None = None  # from the first part on
     filled: int = 0
     started_at: float = 0.0
     wire_s: float = 0.0
 
     def add(self, part: Part, wire_s: float, now: float) -> bool:
         """One memcpy into the one buffer. False if this is not the part that comes next."""
-        if self.buffer is None:
-            self.buffer = bytearray(part.total)
+        if self.blob is None:
+            # A blob that came in one part, or whose memory the source shares with us, is taken from where it lies.
+            lies_here = memoryview(part.data) if len(part.data) == part.total else part.whole
+            self.blob = bytearray(part.total) if lies_here is None else lies_here
             self.level = part.level
             self.started_at = now - wire_s
-        if part.offset != self.filled or part.total != len(self.buffer):
+        if part.offset != self.filled or part.total != len(self.blob):
             return False
         size = len(part.data)
-        self.buffer[part.offset : part.offset + size] = part.data
+        if type(self.blob) is bytearray:
+            self.blob[part.offset : part.offset + size] = part.data
         self.filled += size
         self.wire_s += wire_s
         return True

@@ -1,8 +1,9 @@
 """The sending end of the transfer protocol as a pure machine: handle(event, now) -> [command].
 
 Never sleeps, reads a clock or opens a socket. One Source serves all sinks of a process. Per sink there is a session
-with one credit for all its transfers; parts of different transfers take turns under it, the parts of one transfer
-stay in order. A chunk request stands, and may be amended, until the owner takes it to encode it.
+with one credit for all its transfers. The most urgent blob goes first, part by part, so that one that becomes urgent
+overtakes another that is under way; the parts of one blob stay in order, and transfers that are equally urgent take
+turns. A chunk request stands, and may be amended, until the owner takes it to encode it; its priority even later.
 """
 
 from __future__ import annotations
@@ -12,26 +13,12 @@ from typing import Any
 
 from transport import events as ev
 from transport import messages as msg
+from transport import source_io as io
 from transport.limits import Limits, Timing
 from transport.messages import Greeting, Message, Packet, find_mismatch, turned_away
-from transport.source_io import (
-    AcceptTransfer,
-    Command,
-    EndTransfer,
-    FailChunk,
-    Forget,
-    Notify,
-    PeerGone,
-    Received,
-    Send,
-    Shutdown,
-    SourceInput,
-    SupplyChunk,
-    Tick,
-)
 from transport.source_session import Outgoing, Session, Standing, Transfer
 
-LOW_WATER_PARTS = 4  # a part takes some 20 ms, so this leaves 80 ms to encode the next chunk
+LOW_WATER_PARTS = 8  # a part takes some 10 ms, so this leaves 80 ms to encode the next chunk
 
 
 class Source:
@@ -50,11 +37,11 @@ class Source:
         self._sessions: dict[str, Session] = {}  # by peer: the identity of its socket
         self._transfers: dict[str, Transfer] = {}
         self._queued_bytes = 0
-        self._out: list[Command] = []
+        self._out: list[io.Command] = []
         self._now = 0.0
         self.num_dropped = 0  # packets of another session, duplicates, blobs nobody waits for
 
-    def handle(self, event: SourceInput, now: float) -> list[Command]:
+    def handle(self, event: io.SourceInput, now: float) -> list[io.Command]:
         self._now = now
         self._INPUTS[type(event)](self, event)
         out = self._out[:]
@@ -63,7 +50,7 @@ class Source:
 
     # -- what the owner does; a transfer that has ended meanwhile is no error --
 
-    def _accept(self, event: AcceptTransfer) -> None:
+    def _accept(self, event: io.AcceptTransfer) -> None:
         transfer = self._transfers.get(event.transfer_id)
         if transfer is None or transfer.accepted:
             return
@@ -82,7 +69,7 @@ class Source:
         standing.taken = True
         return standing.level
 
-    def _supply(self, event: SupplyChunk) -> None:
+    def _supply(self, event: io.SupplyChunk) -> None:
         transfer = self._transfers.get(event.transfer_id)
         standing = transfer.standing.get(event.chunk) if transfer is not None else None
         if transfer is None or standing is None or not (standing.taken or standing.level == event.level):
@@ -92,7 +79,7 @@ class Source:
         size = len(blob)
         if size > self._limits.blob_bytes or self._queued_bytes + size > self._limits.queued_bytes:
             reason = f"a blob of {size} bytes passes the source's limits"
-            return self._fail(FailChunk(transfer_id=transfer.id, chunk=event.chunk, reason=reason))
+            return self._fail(io.FailChunk(transfer_id=transfer.id, chunk=event.chunk, reason=reason))
         del transfer.standing[event.chunk]
         transfer.finished[event.chunk] = standing.ask
         outgoing = Outgoing(
@@ -102,7 +89,7 @@ class Source:
         self._queued_bytes += size
         self._pump(transfer.session)
 
-    def _fail(self, event: FailChunk) -> None:
+    def _fail(self, event: io.FailChunk) -> None:
         transfer = self._transfers.get(event.transfer_id)
         standing = transfer.standing.pop(event.chunk, None) if transfer is not None else None
         if transfer is None or standing is None:
@@ -114,21 +101,21 @@ class Source:
             msg.Fail(transfer=transfer.id, chunk=event.chunk, ask=standing.ask, reason=reason),
         )
 
-    def _end_by_owner(self, event: EndTransfer) -> None:
+    def _end_by_owner(self, event: io.EndTransfer) -> None:
         transfer = self._transfers.get(event.transfer_id)
         if transfer is not None:
             reason = event.reason[: self._limits.reason_chars]
             self._send(transfer.session, msg.Close(transfer=transfer.id, reason=reason))
             self._end(transfer)
 
-    def _shutdown(self, event: Shutdown) -> None:
+    def _shutdown(self, event: io.Shutdown) -> None:
         for session in list(self._sessions.values()):
             self._send(session, msg.Goodbye(reason=event.reason))
             self._drop(session, event.reason)
 
     # -- what comes from the network --
 
-    def _received(self, event: Received) -> None:
+    def _received(self, event: io.Received) -> None:
         packet, message = event.packet, event.packet.message
         if type(message) is msg.Hello:
             return self._on_hello(event.peer, packet, message)
@@ -165,15 +152,9 @@ class Source:
         if len(self._sessions) >= self._limits.peers:
             reason = f"{self._limits.peers} receivers are connected already, the limit of this source"
             return self._send_outside(peer, packet.epoch, msg.Reset(reason=reason))
-        session = Session(
-            peer=peer,
-            own_incarnation=self._incarnation,
-            hello=packet,
-            via=hello.via,
-            now=self._now,
-            out=self._out,
+        session = self._sessions[peer] = Session(
+            peer=peer, own_incarnation=self._incarnation, hello=packet, via=hello.via, now=self._now, out=self._out
         )
-        self._sessions[peer] = session
         self._send(session, msg.Welcome(sent_us=int(self._now * 1e6), fields=self._greeting.fields()))
 
     def _on_open(self, session: Session, message: msg.Open) -> None:
@@ -190,21 +171,19 @@ class Source:
 
     def _on_request(self, session: Session, message: msg.Request) -> None:
         transfer = session.transfers.get(message.transfer)
-        if transfer is None or message.ask <= transfer.finished.get(message.chunk, 0):
-            self.num_dropped += 1  # it has ended, or it comes too late to amend what is sent already
+        if transfer is None:
+            self.num_dropped += 1  # it has ended
             return
-        standing = transfer.standing.get(message.chunk)
-        if standing is None or standing.ask < message.ask:
-            if len(transfer.standing) + len(transfer.finished) >= 2 * self._limits.chunks_per_transfer:
-                reason = f"more than {self._limits.chunks_per_transfer} chunks asked for in one transfer"
-                return self._end_by_owner(EndTransfer(transfer_id=transfer.id, reason=reason))
-            standing = Standing(ask=message.ask, level=message.level, priority=message.priority)
-            transfer.standing[message.chunk] = standing
-        elif standing.taken:
-            return  # being encoded: too late
-        else:
-            standing.level, standing.priority = message.level, message.priority
-        if transfer.accepted:
+        if message.ask <= transfer.finished.get(message.chunk, 0):
+            # Encoded: too late for another level, but what waits here can still be moved ahead or back.
+            if not transfer.reprioritize(message.chunk, message.ask, message.priority):
+                self.num_dropped += 1
+            return
+        standing = transfer.want(message)
+        if len(transfer.standing) + len(transfer.finished) > 2 * self._limits.chunks_per_transfer:
+            reason = f"more than {self._limits.chunks_per_transfer} chunks asked for in one transfer"
+            return self._end_by_owner(io.EndTransfer(transfer_id=transfer.id, reason=reason))
+        if transfer.accepted and not standing.taken:
             self._announce(transfer, message.chunk, standing)
 
     def _on_withdraw(self, session: Session, message: msg.Withdraw) -> None:
@@ -215,8 +194,11 @@ class Source:
         standing = transfer.standing.get(message.chunk)
         if standing is not None and standing.ask <= message.ask:
             del transfer.standing[message.chunk]
-        self._queued_bytes -= transfer.discard(message.chunk, message.ask)
-        self._pump(session)
+        dropped = transfer.discard(message.chunk, message.ask)
+        if dropped:
+            self._queued_bytes -= dropped
+            self._tell_if_low(transfer, transfer.unsent_bytes + dropped)
+            self._pump(session)
 
     def _on_credit(self, session: Session, message: msg.Credit) -> None:
         session.limit_bytes = max(session.limit_bytes, message.limit_bytes)
@@ -238,14 +220,14 @@ class Source:
     def _on_goodbye(self, session: Session, message: msg.Goodbye) -> None:
         self._drop(session, message.reason)
 
-    def _peer_gone(self, event: PeerGone) -> None:
+    def _peer_gone(self, event: io.PeerGone) -> None:
         session = self._sessions.get(event.peer)
         if session is not None:
             self._drop(session, event.reason)
 
     # -- time --
 
-    def _tick(self, event: Tick) -> None:
+    def _tick(self, event: io.Tick) -> None:
         for session in list(self._sessions.values()):
             silent_s = self._now - session.last_heard
             if silent_s >= self._timing.lease_s:
@@ -258,55 +240,37 @@ class Source:
     # -- sending --
 
     def _pump(self, session: Session) -> None:
-        """Send parts while the credit lasts: the most urgent transfer first, equals in turn."""
-        while (transfer := session.next_ready()) is not None:
-            outgoing = transfer.queue[0]
-            size = min(session.part_bytes, len(outgoing.blob) - outgoing.sent)
-            if session.sent_bytes + size > session.limit_bytes:
-                return
-            part = msg.Part(
-                transfer=transfer.id,
-                chunk=outgoing.chunk,
-                ask=outgoing.ask,
-                level=outgoing.level,
-                offset=outgoing.sent,
-                total=len(outgoing.blob),
-                sent_us=int(self._now * 1e6),
-                data=outgoing.blob[outgoing.sent : outgoing.sent + size],
-            )
-            before = transfer.unsent_bytes
-            session.sent_bytes += size
-            outgoing.sent += size
-            transfer.unsent_bytes -= size
+        """io.Send parts while the credit lasts."""
+        while (following := session.next_part(self._now)) is not None:
+            transfer, part = following
+            size = len(part.data)
             self._queued_bytes -= size
             self._send(session, part)
-            if outgoing.sent == len(outgoing.blob):
-                transfer.queue.popleft()
-            session.rotate(transfer)
-            if transfer.unsent_bytes == 0 or before > LOW_WATER_PARTS * session.part_bytes >= transfer.unsent_bytes:
-                self._notify(ev.BacklogLow(transfer_id=transfer.id, at=self._now))
+            self._tell_if_low(transfer, transfer.unsent_bytes + size)
+
+    def _tell_if_low(self, transfer: Transfer, before: int) -> None:
+        """When what is unsent falls to the low water, and when it falls to nothing, by sending or by a withdrawal."""
+        low = LOW_WATER_PARTS * transfer.session.part_bytes
+        if transfer.unsent_bytes == 0 or before > low >= transfer.unsent_bytes:
+            self._notify(ev.BacklogLow(transfer_id=transfer.id, at=self._now))
 
     def _send(self, session: Session, message: Message) -> None:
         session.send(message, self._now)
 
     def _send_outside(self, peer: str, epoch: int, message: Message) -> None:
         packet = Packet(incarnation=self._incarnation, epoch=epoch, seq=0, message=message)
-        self._out.append(Send(peer=peer, packet=packet))
-        self._out.append(Forget(peer=peer))
+        self._out.append(io.Send(peer=peer, packet=packet))
+        self._out.append(io.Forget(peer=peer))
 
     def _announce(self, transfer: Transfer, chunk: int, standing: Standing) -> None:
         self._notify(
             ev.ChunkRequested(
-                transfer_id=transfer.id,
-                at=self._now,
-                chunk=chunk,
-                level=standing.level,
-                priority=standing.priority,
+                transfer_id=transfer.id, at=self._now, chunk=chunk, level=standing.level, priority=standing.priority
             )
         )
 
     def _notify(self, event: ev.SourceEvent) -> None:
-        self._out.append(Notify(event=event))
+        self._out.append(io.Notify(event=event))
 
     # -- endings --
 
@@ -316,7 +280,7 @@ class Source:
 
     def _drop(self, session: Session, reason: str) -> None:
         del self._sessions[session.peer]
-        self._out.append(Forget(peer=session.peer))
+        self._out.append(io.Forget(peer=session.peer))
         for transfer in list(session.transfers.values()):
             self._end(transfer)
             self._notify(ev.TransferClosed(transfer_id=transfer.id, at=self._now, reason=reason))
@@ -324,6 +288,7 @@ class Source:
     def _end(self, transfer: Transfer) -> None:
         self._queued_bytes -= transfer.unsent_bytes
         transfer.queue.clear()
+        transfer.session.ready.pop(transfer.id, None)
         del self._transfers[transfer.id], transfer.session.transfers[transfer.id]
 
     # -- what the owner may look at --
@@ -336,6 +301,10 @@ class Source:
     @property
     def num_transfers(self) -> int:
         return len(self._transfers)
+
+    @property
+    def num_sessions(self) -> int:
+        return len(self._sessions)
 
     @property
     def suspects(self) -> list[str]:
@@ -352,14 +321,14 @@ class Source:
             assert session.sent_bytes <= session.limit_bytes
 
     _INPUTS: dict[type, Callable[[Source, Any], None]] = {
-        AcceptTransfer: _accept,
-        SupplyChunk: _supply,
-        FailChunk: _fail,
-        EndTransfer: _end_by_owner,
-        Received: _received,
-        PeerGone: _peer_gone,
-        Tick: _tick,
-        Shutdown: _shutdown,
+        io.AcceptTransfer: _accept,
+        io.SupplyChunk: _supply,
+        io.FailChunk: _fail,
+        io.EndTransfer: _end_by_owner,
+        io.Received: _received,
+        io.PeerGone: _peer_gone,
+        io.Tick: _tick,
+        io.Shutdown: _shutdown,
     }
     _MESSAGES: dict[type, Callable[[Source, Session, Any], None]] = {
         msg.Open: _on_open,

@@ -51,10 +51,6 @@ def _is_count(value: Any, limits: Limits) -> bool:
     return type(value) is int and 0 <= value < 2**53
 
 
-def _is_integer(value: Any, limits: Limits) -> bool:
-    return type(value) is int and -(2**31) <= value < 2**31
-
-
 def _is_id(value: Any, limits: Limits) -> bool:
     return type(value) is str and 0 < len(value) <= limits.id_chars
 
@@ -89,7 +85,7 @@ SCHEMA: dict[type, tuple[int, list[tuple[str, Check]], str | None]] = {
     ),
     Open: (4, [("transfer", _is_id)], "body"),
     Accept: (5, [("transfer", _is_id)], "body"),
-    Request: (6, [*_CHUNK, ("level", _is_level), ("priority", _is_integer)], None),
+    Request: (6, [*_CHUNK, ("level", _is_level), ("priority", _is_count)], None),
     Withdraw: (7, _CHUNK, None),
     Fail: (8, [*_CHUNK, ("reason", _is_text)], None),
     Part: (

@@ -1,5 +1,6 @@
-"""The protocol over links that drop, duplicate, reorder and corrupt: every blob asked for arrives intact or an event
-says that it will not, within a bounded time, and nothing is left behind. A failing seed is in the test's name."""
+"""The protocol over links that drop, duplicate, reorder, corrupt and are cut: every blob asked for arrives intact or
+an event says that it will not, within a bounded time, and nothing is left behind. A failing seed is in the test's
+name."""
 
 from __future__ import annotations
 
@@ -102,7 +103,9 @@ class Peers:
         if choice < 0.8:
             level = self.random.choice(["raw", "q1", "q4"])
             self.asked[transfer_id, chunk] = level
-            self.net.tell_sink(name, sink_io.RequestChunk(transfer_id=transfer_id, chunk=chunk, level=level))
+            priority = self.random.choice([0, 1, 7])
+            request = sink_io.RequestChunk(transfer_id=transfer_id, chunk=chunk, level=level, priority=priority)
+            self.net.tell_sink(name, request)
         elif choice < 0.92:
             self.asked.pop((transfer_id, chunk), None)
             self.net.tell_sink(name, sink_io.WithdrawChunk(transfer_id=transfer_id, chunk=chunk))
@@ -173,6 +176,127 @@ def test_a_source_dies_in_mid_transfer(seed: int) -> None:
     assert not peers.asked
     peers.sources.pop(dead)
     peers.check()
+
+
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("kind", ["none", "all"])
+def test_cuts_at_random(kind: str, seed: int) -> None:
+    peers = Peers(seed, FAULTS[kind])
+    for step in range(100):
+        peers.net.run(until_s=step * 0.05)
+        peers.act()
+        if step % 10 == 9:
+            peers.net.cut(peers.random.choice(list(peers.sources)), for_s=peers.random.choice([0.0, 0.1, 1.0]))
+        peers.check()
+    peers.net.run(until_s=peers.net.now + BOUND_S, done=lambda: not peers.asked)
+    assert not peers.asked, "hangs: " + str(peers.asked)
+    reasons = [why.reason for why in peers.ended.values() if isinstance(why, ENDED)]
+    assert [reason for reason in reasons if "cut" in reason]
+    peers.check()
+
+
+class Loader:
+    """A sink's owner that wants `num_chunks` in order, three asked for ahead, and opens again whenever it has lost."""
+
+    def __init__(self, net: SimulatedNetwork, num_chunks: int) -> None:
+        self.net, self.num_chunks = net, num_chunks
+        self.sink = Sink(greeting=GREETING, incarnation="d")
+        self.arrived: dict[int, bytes] = {}
+        self.reopened_at: list[int] = []  # the first chunk then asked for
+        self.lost: list[ev.TransferLost] = []
+        self.opens = 0
+        net.add_sink("sink", self.sink, self.on_event)
+        self.open()
+
+    def open(self) -> None:
+        self.opens += 1
+        self.transfer_id = f"t{self.opens}"
+        event = sink_io.OpenTransfer(transfer_id=self.transfer_id, endpoint="tcp://s", body={})
+        self.net.tell_sink("sink", event)
+        missing = [chunk for chunk in range(self.num_chunks) if chunk not in self.arrived]
+        self.asked = missing[:3]
+        for chunk in self.asked:
+            self.ask(chunk)
+
+    def ask(self, chunk: int) -> None:
+        event = sink_io.RequestChunk(transfer_id=self.transfer_id, chunk=chunk, level="q1", priority=chunk)
+        self.net.tell_sink("sink", event)
+
+    def on_event(self, event: Any) -> None:
+        assert event.transfer_id == self.transfer_id
+        if isinstance(event, ev.BlobArrived):
+            assert event.chunk not in self.arrived, "came twice"
+            self.arrived[event.chunk] = bytes(event.blob)
+            following = self.asked[-1] + 1
+            if following < self.num_chunks:
+                self.asked.append(following)
+                self.net.later(self.net.now, lambda: self.ask_if_open(event.transfer_id, following))
+        elif isinstance(event, ev.TransferLost):
+            self.lost.append(event)
+            self.transfer_id = ""
+            self.net.later(self.net.now + 0.01, self.reopen)
+
+    def ask_if_open(self, transfer_id: str, chunk: int) -> None:
+        if transfer_id == self.transfer_id:
+            self.ask(chunk)
+
+    def reopen(self) -> None:
+        self.reopened_at.append(min(set(range(self.num_chunks)) - set(self.arrived), default=-1))
+        self.open()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_after_a_cut_the_owner_opens_again_and_asks_for_what_is_missing(seed: int) -> None:
+    random = Random(seed)
+    serialize = seed % 2 == 0
+    net = SimulatedNetwork(seed=seed, rate_bytes_per_s=2e6, delay_s=random.uniform(0, 0.03), serialize=serialize)
+    source = Source(greeting=GREETING, incarnation="s")
+    blobs = [random.randbytes(100 * KB) for _ in range(20)]
+    closed: list[str] = []
+
+    def on_source_event(event: Any) -> None:
+        answer: source_io.SourceInput | None = None
+        if isinstance(event, ev.TransferOpened):
+            answer = source_io.AcceptTransfer(transfer_id=event.transfer_id, body={})
+        elif isinstance(event, ev.ChunkRequested):
+            blob = blobs[event.chunk]
+            answer = source_io.SupplyChunk(transfer_id=event.transfer_id, chunk=event.chunk, level="q1", blob=blob)
+        elif isinstance(event, ev.TransferClosed):
+            closed.append(event.transfer_id)
+        if answer is not None:
+            net.later(net.now, lambda: net.tell_source("tcp://s", answer))
+
+    def check() -> bool:
+        source.check_integrity()
+        loader.sink.check_integrity()
+        return len(loader.arrived) == len(blobs)
+
+    net.add_source("tcp://s", source, on_source_event)
+    loader = Loader(net, len(blobs))
+    cuts = sorted(random.uniform(0.15, 1.5) for _ in range(3))
+    lasts_s = random.choice([0.0, 0.2, 2.0])
+    had_at_cut: list[int] = []
+
+    def cut() -> None:
+        had_at_cut.append(len(loader.arrived))
+        net.cut("tcp://s", for_s=lasts_s)
+
+    for at in cuts:
+        net.later(at, cut)
+    # 1.05 s of the link, the outages, and the parts that each cut lost.
+    assert net.run(until_s=1.05 + 3 * (lasts_s + 1.0) + 1.5, done=check), sorted(loader.arrived)
+    assert loader.arrived == dict(enumerate(blobs))
+    assert loader.reopened_at and all("cut" in lost.reason for lost in loader.lost)
+    # It went on where it stood: nothing that had arrived was asked for again (the loader asserts it), and each time
+    # the first chunk missing was the one after what it had at that cut.
+    assert loader.reopened_at[0] >= had_at_cut[0]
+    net.run(until_s=net.now + 1, done=check)
+    net.tell_sink("sink", sink_io.CloseTransfer(transfer_id=loader.transfer_id))
+    net.run(until_s=net.now + 1)
+    assert source.num_transfers == 0 and loader.sink.num_transfers == 0
+    assert set(closed) <= {f"t{number}" for number in range(1, loader.opens + 1)}
+    source.check_integrity()
+    loader.sink.check_integrity()
 
 
 @pytest.mark.parametrize("seed", range(40))

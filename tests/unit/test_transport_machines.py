@@ -4,101 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
-from random import Random
-from typing import Any
 
 import pytest
+from transport_world import GREETING, SOURCE, World, blob_of
 
 from transport import events as ev
 from transport import sink_io, source_io
 from transport.errors import TooMuch, UnknownTransfer
 from transport.limits import KB, MB, Limits
-from transport.messages import Greeting, Packet, Request, Withdraw
-from transport.simulation import SimulatedNetwork
+from transport.messages import Packet, Request, Withdraw
 from transport.sink import Sink
 from transport.source import Source
-
-GREETING = Greeting(model_fingerprint="m1", kv_layout="12x2x64", codec_profile="p1")
-SOURCE = "tcp://source"
-
-
-def blob_of(chunk: int, level: str, size: int) -> bytes:
-    return Random(f"{chunk}{level}").randbytes(size)
-
-
-class World:
-    """One source and one sink; the source's owner supplies at once unless told not to."""
-
-    def __init__(self, *, size: int = 300 * KB, limits: Limits | None = None, **network: Any) -> None:
-        self.net = SimulatedNetwork(seed=1, **network)
-        self.size = size
-        self.supplies = True
-        self.accepts = True
-        self.source = Source(greeting=GREETING, incarnation="s1", limits=limits)
-        self.sink = Sink(greeting=GREETING, incarnation="d1", limits=limits)
-        self.source_events: list[Any] = []
-        self.sink_events: list[Any] = []
-        self.net.add_source(SOURCE, self.source, self.on_source_event)
-        self.net.add_sink("sink", self.sink, self.sink_events.append)
-
-    def on_source_event(self, event: Any) -> None:
-        self.source_events.append(event)
-        if isinstance(event, ev.TransferOpened) and self.accepts:
-            self.net.later(
-                self.net.now, lambda: self.tell(source_io.AcceptTransfer(transfer_id=event.transfer_id, body={"ok": 1}))
-            )
-        elif isinstance(event, ev.ChunkRequested) and self.supplies:
-            self.net.later(self.net.now, lambda: self.supply(event.transfer_id, event.chunk))
-
-    def tell(self, event: source_io.SourceInput) -> None:
-        self.net.tell_source(SOURCE, event)
-
-    def ask(self, event: sink_io.SinkInput) -> None:
-        self.net.tell_sink("sink", event)
-
-    def supply(self, transfer_id: str, chunk: int) -> str | None:
-        level = self.source.take(transfer_id, chunk)
-        if level is not None:
-            self.finish(transfer_id, chunk, level)
-        return level
-
-    def finish(self, transfer_id: str, chunk: int, level: str) -> None:
-        blob = blob_of(chunk, level, self.size)
-        self.tell(source_io.SupplyChunk(transfer_id=transfer_id, chunk=chunk, level=level, blob=blob))
-
-    def open(self, transfer_id: str = "t1") -> str:
-        self.ask(sink_io.OpenTransfer(transfer_id=transfer_id, endpoint=SOURCE, body={"tokens": [1, 2]}))
-        return transfer_id
-
-    def request(self, chunk: int, level: str = "q1", transfer_id: str = "t1", priority: int = 0) -> None:
-        self.ask(sink_io.RequestChunk(transfer_id=transfer_id, chunk=chunk, level=level, priority=priority))
-
-    def run(self, seconds: float = 30.0, until: type | None = None) -> None:
-        def done() -> bool:
-            self.sink.check_integrity()
-            self.source.check_integrity()
-            return until is not None and bool(self.got(until))
-
-        self.net.run(until_s=self.net.now + seconds, done=done)
-
-    def got(self, kind: type) -> list[Any]:
-        return [event for event in self.sink_events if isinstance(event, kind)]
-
-    def told(self, kind: type) -> list[Any]:
-        return [event for event in self.source_events if isinstance(event, kind)]
 
 
 @pytest.fixture
 def world() -> Iterator[World]:
     world = World()
     yield world
-    if SOURCE in world.net._sources:
-        for transfer_id in list(world.sink._transfers):
-            world.ask(sink_io.CloseTransfer(transfer_id=transfer_id))
-    world.net.partitioned = False
-    world.run(15)
-    assert world.sink.num_transfers == 0
-    assert world.source.num_transfers == 0 or SOURCE not in world.net._sources
+    world.end()
 
 
 def test_a_blob_arrives_whole_and_timed(world: World) -> None:
@@ -249,45 +172,6 @@ def test_a_long_fat_link_is_filled() -> None:
     before = world.sink.link_stats()[0].received_bytes
     world.run(1.0)
     assert world.sink.link_stats()[0].received_bytes - before >= 0.9 * 125e6
-
-
-def test_transfers_of_one_peer_take_turns() -> None:
-    world = World(size=1 * MB, rate_bytes_per_s=2.5e6)
-    for name in ("a", "b", "c"):
-        world.open(name)
-        world.request(0, transfer_id=name)
-    world.run(0.6)
-    shares = dict.fromkeys("abc", 0)
-    for part in world.got(ev.PartArrived):
-        shares[part.transfer_id] += part.part_bytes
-    assert max(shares.values()) - min(shares.values()) <= 128 * KB
-    world.run(5)
-    assert len(world.got(ev.BlobArrived)) == 3
-    assert [blob.sharing for blob in world.got(ev.BlobArrived)] == [3, 2, 1]
-
-
-def test_urgent_chunks_go_first() -> None:
-    world = World(size=200 * KB, rate_bytes_per_s=2.5e6)
-    world.open("refine")
-    world.open("urgent")
-    for chunk in range(5):
-        world.request(chunk, transfer_id="refine", priority=9)
-    world.run(0.05)
-    world.request(0, transfer_id="urgent", priority=0)
-    world.run(5)
-    order = [(blob.transfer_id, blob.chunk) for blob in world.got(ev.BlobArrived)]
-    assert order.index(("urgent", 0)) <= 1
-    assert len(order) == 6
-
-
-def test_backlog_low_tells_when_to_encode_the_next() -> None:
-    world = World(size=400 * KB, rate_bytes_per_s=2.5e6)
-    world.open()
-    world.request(0)
-    world.run(5)
-    [blob] = world.got(ev.BlobArrived)
-    low = world.told(ev.BacklogLow)
-    assert low and all(event.at < blob.at for event in low)
 
 
 def test_requests_wait_for_the_accept(world: World) -> None:

@@ -24,7 +24,7 @@ EXAMPLES: list[msg.Message] = [
     msg.TurnedAway(reason="differs", field="kv_layout", source_value="a", sink_value="b"),
     msg.Open(transfer="t1", body={"tokens": [1, 2, 3], "nested": {"x": None}}),
     msg.Accept(transfer="t1", body={}),
-    msg.Request(transfer="t1", chunk=3, level="q2", ask=1, priority=-4),
+    msg.Request(transfer="t1", chunk=3, level="q2", ask=1, priority=2**53 - 1),
     msg.Withdraw(transfer="t1", chunk=3, ask=1),
     msg.Fail(transfer="t1", chunk=3, ask=1, reason="gone"),
     msg.Part(transfer="t1", chunk=3, ask=1, level="q2", offset=2, total=9, sent_us=7, data=b"blob"),
