@@ -65,7 +65,7 @@ class BlobInfo:
     first_stage: int
     stages: int
     body_bytes: int
-    directory_crc: int = 0
+    directory_crc: int = 0  # a refinement's: of the directory of the blob that it goes behind
 
     @property
     def total_bytes(self) -> int:
@@ -187,6 +187,15 @@ def check_whole(blob: memoryview, info: BlobInfo) -> None:
         raise ChecksumMismatch("the checksum does not fit: the bytes changed on the way; ask for the chunk again")
 
 
+def stages_crc(blob: memoryview, info: BlobInfo, stages: int) -> int:
+    """CRC-32 of the directory of all stages of the chunk before the blob's own number `stages`, from its contents.
+
+    It names an encoding up to there: each entry has its piece's checksum. A refinement carries it in its header.
+    """
+    end = HEADER_BYTES + info.directory_bytes // max(info.stages, 1) * stages
+    return zlib.crc32(blob[HEADER_BYTES:end], info.directory_crc if info.is_refinement else 0)
+
+
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class Directory:
     """entries [K, 2, L, H] of ENTRY; start [K, 2, L, H]: each piece's first word in `words`, the payload as uint16."""
@@ -211,10 +220,13 @@ class Directory:
 
 
 def parse_directory(blob: memoryview, info: BlobInfo) -> Directory:
-    """The directory, which must account for every byte of the body. Reads nothing behind it."""
+    """The directory, which must account for every byte of the body. Reads nothing behind it.
+
+    A refinement's is checked by `check_whole` alone: its header has the checksum of the coarser blob's directory.
+    """
     check_size(blob, info)
     end = HEADER_BYTES + info.directory_bytes
-    if zlib.crc32(blob[HEADER_BYTES:end]) != info.directory_crc:
+    if not info.is_refinement and stages_crc(blob, info, info.stages) != info.directory_crc:
         raise ChecksumMismatch("the directory's checksum does not fit: the bytes changed on the way")
     layers, heads, dim_k, dim_v = info.layout
     entries = np.frombuffer(blob[HEADER_BYTES:end], ENTRY).reshape(info.stages, 2, layers, heads)
@@ -253,10 +265,11 @@ def make_entries(words: Array, exceptions: Array, parts: Sequence[Array]) -> Arr
 
 
 def assemble(info: BlobInfo, entries: Array | None, parts: Sequence[memoryview | bytes]) -> bytes:
-    """header + directory + parts + checksum, copied once. Sizes and the directory's checksum are filled in here."""
+    """header + directory + parts + checksum, copied once. Sizes and the directory's checksum are filled in here
+    (a refinement's names what it goes behind: the caller's to know)."""
     directory = b"" if entries is None else entries.tobytes()
     body = len(directory) + sum(memoryview(part).nbytes for part in parts)
-    crc = zlib.crc32(directory) if entries is not None else 0
+    crc = info.directory_crc if info.is_refinement else zlib.crc32(directory)
     header = pack_header(replace(info, body_bytes=body, directory_crc=crc))
     crc = _seed_of(header)
     for part in (directory, *parts):

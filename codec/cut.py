@@ -16,7 +16,7 @@ import numpy as np
 from codec import bitstream
 from codec.bitstream import Array, BlobInfo, Range
 from codec.decode import check_profile
-from codec.errors import CodecError, MalformedBlob
+from codec.errors import CodecError, MalformedBlob, WrongRefinement
 from codec.levels import LevelKind
 from codec.profile import Profile
 from codec.tensor_rows import ranges_of
@@ -64,38 +64,44 @@ def level_sizes(blob: Blob, *, profile: Profile) -> dict[str, int]:
     }
 
 
-def refinement_of(blob: Blob, *, profile: Profile, have: str) -> bytes:
-    """What a receiver that holds this chunk at the coarser level `have` lacks of the blob."""
+def refinement_of(blob: Blob, *, profile: Profile, have: str, level: str | None = None) -> bytes:
+    """What a receiver that holds this chunk at the coarser level `have`, cut from this blob, lacks of `level` (of the
+    blob's own, if None). Raises BlobError subclasses, UnknownLevel, and CodecError if the blob has no such part."""
     view, info = _open(blob, profile)
-    spec = profile.level(have)
-    if info.kind is not LevelKind.QUANTIZED or spec.kind is not info.kind:
-        raise CodecError(f"level {info.level} does not refine level {have}: only quantized levels nest")
-    if not info.first_stage <= spec.stages < info.first_stage + info.stages:
-        raise CodecError(f"level {info.level} does not refine level {have}: it is not finer")
-    return _select(view, info, (info.layers, info.heads), (spec.stages - info.first_stage, info.stages))
+    name = level or info.level
+    coarse, fine, last = profile.level(have), profile.level(name), info.first_stage + info.stages
+    if {info.kind, coarse.kind, fine.kind} != {LevelKind.QUANTIZED}:
+        raise CodecError(f"level {name} does not refine level {have}: only quantized levels nest")
+    if not info.first_stage <= coarse.stages < fine.stages:
+        raise CodecError(f"level {name} does not refine level {have}: it is not finer")
+    if fine.stages > last:
+        raise CodecError(f"a blob of level {info.level} lacks the stages of level {name}")
+    stages = (coarse.stages - info.first_stage, fine.stages - info.first_stage)
+    return _select(view, replace(info, level=name), (info.layers, info.heads), stages)
 
 
 def refine_chunk(coarse: Blob, refinement: Blob) -> bytes:
-    """coarse + what refinement_of gave -> the finer blob. Raises BlobError subclasses, and CodecError if they do not
-    belong together (that they come from one encoding of one chunk is the caller's to know)."""
+    """coarse + what refinement_of gave -> the finer blob. Raises BlobError subclasses, and WrongRefinement if they are
+    not of one chunk, one part and one encoding: a level that was encoded by itself is another encoding than its cut."""
     views = [memoryview(x).cast("B") for x in (coarse, refinement)]
     infos = [bitstream.parse_header(view) for view in views]
     for view, info in zip(views, infos, strict=True):
         bitstream.check_whole(view, info)
     first, second = infos
     joined = replace(
-        second, first_stage=first.first_stage, stages=first.stages + second.stages, body_bytes=0, directory_crc=0
-    )
+        second, first_stage=first.first_stage, stages=first.stages + second.stages, body_bytes=0,
+        directory_crc=first.directory_crc,
+    )  # fmt: skip
     expected = replace(joined, level=first.level, stages=first.stages)
-    if second.first_stage != first.first_stage + first.stages or expected != replace(
-        first, body_bytes=0, directory_crc=0
-    ):
-        raise CodecError(
+    if second.first_stage != first.first_stage + first.stages or expected != replace(first, body_bytes=0):
+        raise WrongRefinement(
             f"a refinement from stage {second.first_stage} of profile {second.profile_id} does not follow "
             f"a blob of {first.stages} stages of profile {first.profile_id} with the same layers, heads and tokens"
         )
     if joined.kind is not LevelKind.QUANTIZED:
         raise MalformedBlob("only quantized levels nest")
+    if bitstream.stages_crc(views[0], first, first.stages) != second.directory_crc:
+        raise WrongRefinement("the refinement was made from another encoding of this chunk, or from another chunk")
     directories = [bitstream.parse_directory(view, info) for view, info in zip(views, infos, strict=True)]
     entries = np.concatenate([directory.entries for directory in directories])
     return bitstream.assemble(joined, entries, [bitstream.bytes_of(directory.words) for directory in directories])
@@ -115,7 +121,7 @@ def _select(view: memoryview, info: BlobInfo, part: tuple[Range, Range], stages:
     chosen = replace(
         info, layout=(rows.stop - rows.start, cols.stop - cols.start, *info.layout[2:]),
         first_layer=part[0][0], first_head=part[1][0], first_stage=info.first_stage + stages[0],
-        stages=stages[1] - stages[0],
+        stages=stages[1] - stages[0], directory_crc=bitstream.stages_crc(view, info, stages[0]),
     )  # fmt: skip
     if info.kind is LevelKind.RAW:
         return bitstream.assemble(chosen, None, _select_raw(view, info, rows, cols))

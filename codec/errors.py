@@ -11,6 +11,7 @@ CodecError
 +-- UnencodableTensor        the tensor cannot keep the level's promise (NaN, Inf, too large, wrong shape)
 +-- UnknownLevel             the profile has no such level
 +-- InvalidProfile           the profile file is damaged or not a profile
++-- WrongRefinement          a refinement was made from another encoding than the blob it was put behind
 +-- RopeRequired             the level codes keys before RoPE and no matching RopeTable was given
 """
 
@@ -59,6 +60,10 @@ class UnknownLevel(CodecError):
 
 class InvalidProfile(CodecError):
     """A profile file that is damaged, of another version, or contradicts itself."""
+
+
+class WrongRefinement(CodecError):
+    """A refinement of another encoding, chunk or part than the blob that it was put behind."""
 
 
 class RopeRequired(CodecError):

@@ -57,6 +57,9 @@ class BlockAllocator:
             self._is_used[block] = 0
             self._free.append(block)
 
+    def is_used(self, block: int) -> bool:
+        return 0 <= block < self.num_blocks and bool(self._is_used[block])
+
     def check_integrity(self) -> None:
         """Every block is either used or in the free list, once."""
         assert len(set(self._free)) == len(self._free), "a block is in the free list twice"

@@ -1,28 +1,50 @@
-"""Any level of a stored chunk, made from the least work: what is kept, a cut of the finest quantized blob, an encoding.
+"""Any level of a chunk and any refinement, made from the least work: what is kept, a cut of the finest, an encoding.
 
-All quantized levels are stages of one encoding (codec/cut.py), so a chunk is quantized once, kept at the finest level,
-and every coarser one is a selection of its pieces.
+All quantized levels are stages of one encoding (codec/cut.py). A chunk is quantized once, at the finest level; every
+coarser level and every refinement is a selection of its pieces. That holds for a fresh chunk too: a level encoded by
+itself would decode alike, but ends its streams otherwise, and no refinement made later would fit behind it.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from codec.chunk import cut_chunk, level_sizes
+from codec.chunk import cut_chunk, level_sizes, refinement_of
+from codec.errors import CodecError
 from codec.levels import LevelKind
+from prefill.chunks import split_level
 from prefill.runtime import ModelRuntime
 from prefill.store import MASTER_LEVEL, ChunkStore
 
 
 class ChunkLevels:
-    """Blobs of chunks by level. Thread-safe as far as the store is."""
+    """Blobs of chunks by level. One thread makes blobs; any may ask for sizes."""
 
     def __init__(self, runtime: ModelRuntime, store: ChunkStore) -> None:
         self._runtime, self._store = runtime, store
         self.num_encoded = 0
         levels = runtime.profile.levels
-        self._quantized = {level.name for level in levels if level.kind is LevelKind.QUANTIZED}
-        self._finest = next((level.name for level in levels if level.name in self._quantized), None)
+        self._stages = {level.name: level.stages for level in levels if level.kind is LevelKind.QUANTIZED}
+        self._finest = max(self._stages, key=lambda name: self._stages[name], default=None)
+        self._early: dict[bytes, bytes] = {}  # finest blobs of fresh chunks whose master is not yet in the store
+
+    def check(self, name: str) -> str | None:
+        """What is wrong with a level asked for, in words for the receiver; None if it can be made."""
+        try:
+            have, level = split_level(name)
+        except ValueError as error:
+            return str(error)
+        known = self._runtime.profile.level_names
+        for part in (level, have):
+            if part is not None and part not in known:
+                return f"there is no level {part!r}: levels are {', '.join(known)}"
+        if have is None:
+            return None
+        if not {have, level} <= self._stages.keys():
+            return f"{name!r}: only the quantized levels {', '.join(self._stages)} refine each other"
+        if self._stages[have] >= self._stages[level]:
+            return f"{name!r}: {level} is not finer than {have}"
+        return None
 
     def sizes(self, key: bytes) -> dict[str, int] | None:
         """Bytes by level of all that can be sent without encoding; None if the chunk is not stored."""
@@ -33,35 +55,59 @@ class ChunkLevels:
         return sizes if nested is None else sizes | level_sizes(nested, profile=self._runtime.profile)
 
     def blob(
+        self, key: bytes, name: str, *, start: int, stop: int, fresh: tuple[Tensor, Tensor] | None
+    ) -> bytes | None:
+        """The chunk of tokens [start, stop) at a level, or a refinement of it; None if the chunk is not stored.
+
+        fresh: its k and v, if at hand. Raises codec.errors.CodecError.
+        """
+        wrong = self.check(name)
+        if wrong is not None:
+            raise CodecError(wrong)
+        have, level = split_level(name)
+        kept = self._finest if level in self._stages else level
+        assert kept is not None
+        blob = self._kept(key, kept, start=start, stop=stop, fresh=fresh)
+        if blob is None:
+            return None
+        if have is not None:
+            return refinement_of(blob, profile=self._runtime.profile, have=have, level=level)
+        return blob if kept == level else cut_chunk(blob, profile=self._runtime.profile, level=level)
+
+    def _kept(
         self, key: bytes, level: str, *, start: int, stop: int, fresh: tuple[Tensor, Tensor] | None
     ) -> bytes | None:
-        """The chunk of tokens [start, stop) at a level; None if it is not stored. fresh: its k and v, if at hand.
-
-        Raises codec.errors.CodecError.
-        """
-        blob = self._store.get(key, level)
+        """A level that is kept once it is made."""
+        blob = self._early.get(key) if level == self._finest else None
+        if blob is None:
+            blob = self._store.get(key, level)
         if blob is not None:
             return blob
-        if fresh is not None:  # sent once, most likely: the level itself is less work than the finest
-            blob = self._encode(*fresh, start, level)
-            if level not in self._quantized or level == self._finest:
-                self._store.put(key, level, blob)
-            return blob
-        wanted = self._finest if level in self._quantized else level
-        assert wanted is not None
-        nested = self._store.get(key, wanted) if wanted != level else None
-        if nested is None:
+        kv = fresh
+        if kv is None:
             master = self._store.get(key, MASTER_LEVEL)
             if master is None:
                 return None
-            k, v = self._runtime.decode(master, start=start, stop=stop)
-            nested = self._encode(k, v, start, wanted)
-            self._store.put(key, wanted, nested)
-        return nested if wanted == level else cut_chunk(nested, profile=self._runtime.profile, level=level)
+            kv = self._runtime.decode(master, start=start, stop=stop)
+        blob = self._encode(*kv, start, level)
+        is_kept = self._store.put(key, level, blob)
+        if not is_kept and fresh is not None and level == self._finest:
+            self._early[key] = blob
+        return blob
 
     def store_master(self, key: bytes, k: Tensor, v: Tensor, *, start: int) -> None:
-        """Keep a chunk, losslessly. Raises codec.errors.CodecError."""
-        self._store.put(key, MASTER_LEVEL, self._encode(k, v, start, MASTER_LEVEL))
+        """Keep a fresh chunk, losslessly, and what was quantized of it before. The last that is done with one: `blob`
+        has it as fresh no more. Raises codec.errors.CodecError."""
+        early = self._early.pop(key, None)
+        if self._store.peek(key, MASTER_LEVEL) is None:
+            self._store.put(key, MASTER_LEVEL, self._encode(k, v, start, MASTER_LEVEL))
+        if early is not None:
+            assert self._finest is not None
+            self._store.put(key, self._finest, early)
+
+    def check_integrity(self) -> None:
+        """When no chunk is fresh: nothing waits for a master."""
+        assert not self._early, f"{len(self._early)} blobs wait for a master that does not come"
 
     def _encode(self, k: Tensor, v: Tensor, start: int, level: str) -> bytes:
         self.num_encoded += 1

@@ -1,32 +1,30 @@
 """The source of KV: computes prompts chunk by chunk, keeps them encoded, and serves chunks at the level asked for.
 
 A shell around the engine, the codec, the chunk store and a KVServer. Three threads: the server's I/O thread brings
-events in, the compute thread runs the model, the encode thread makes blobs. A chunk is encoded when it is asked for,
-while the next one is computed; between the two a computed chunk waits as plain tensors ("fresh") until its master is
-in the store.
+events in, the compute thread runs the model, the encode thread makes blobs, the most urgent of all transfers first
+(prefill/transfers.py). A chunk is encoded when it is asked for, while the next one is computed; between the two a
+computed chunk waits as plain tensors ("fresh") until its master is in the store.
 """
 
 from __future__ import annotations
 
-import heapq
-import itertools
 import logging
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
-
-from torch import Tensor
 
 from codec.errors import CodecError
 from prefill.block_allocator import blocks_for
 from prefill.chunk_levels import ChunkLevels
-from prefill.chunks import chunk_keys, num_loadable_chunks
-from prefill.engine import SequenceSlice
+from prefill.chunks import split_level
+from prefill.encode_times import EncodeTimes
+from prefill.open_request import BadOpen, OpenRequest, read_open
+from prefill.prompt import FreshChunk, compute_chunks
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime
-from prefill.store import MASTER_LEVEL, ChunkStore
+from prefill.store import ChunkStore
+from prefill.transfers import Ask, Transfer, Transfers
 from transport.curve import CurveKeys
 from transport.errors import TransportClosed
 from transport.events import BacklogLow, ChunkRequested, SourceEvent, TransferClosed, TransferOpened
@@ -34,34 +32,7 @@ from transport.kv_server import KVServer
 
 log = logging.getLogger("kvstream.prefill")
 
-MAX_WAITING_PREFILLS = 64
 MAX_FRESH_CHUNKS = 32  # computed and not yet in the store; the compute thread waits for the encoder beyond that
-# Transport tells when a transfer has sent what it had, but not when the receiver withdrew it: looked for this often.
-OFFER_EVERY_S = 0.05
-URGENT, LATER = 0, 1  # somebody waits for the blob, or it is only for the store
-
-
-class BadOpen(ValueError):
-    """The body of an open does not describe a prompt; the text goes back to the receiver."""
-
-
-@dataclass(slots=True, kw_only=True)
-class _Transfer:
-    token_ids: list[int]
-    keys: list[bytes]
-    chunk_tokens: int
-    waiting: set[int] = field(default_factory=set)  # chunks asked for that are not there yet
-    ready: dict[int, None] = field(default_factory=dict)  # asked for and here, in the order of asking
-    is_encoding: bool = False
-    is_computing: bool = False  # or waits for its turn
-    closed: bool = False
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Fresh:
-    k: Tensor
-    v: Tensor
-    start: int
 
 
 class PrefillWorker:
@@ -82,13 +53,11 @@ class PrefillWorker:
         self._levels = ChunkLevels(runtime, self.store)
         self._runtime = runtime
         self._lock = threading.Condition()
-        self._transfers: dict[str, _Transfer] = {}
-        self._prefills: deque[str] = deque()
-        self._fresh: dict[bytes, _Fresh] = {}
-        self._encodes: list[tuple[int, int, Any]] = []  # heap of (urgency, order, job)
-        self._order = itertools.count()
-        self._stopping = False
-        self._computing = False
+        self._transfers = Transfers()
+        self._fresh: dict[bytes, FreshChunk] = {}
+        self._masters: deque[bytes] = deque()  # fresh chunks to be stored, when nobody waits for a blob
+        self._encode_times = EncodeTimes()
+        self._stopping = self._computing = self._encoding = False
         self._serving = threading.Event()  # the server's thread may call before `self.server` is set
         self._counters = {"computed_tokens_total": 0, "sent_chunks_total": 0}
         self._threads = [
@@ -124,7 +93,7 @@ class PrefillWorker:
                 **{f"prefill_{name}": value for name, value in self._counters.items()},
                 "prefill_encoded_chunks_total": self._levels.num_encoded,
                 "prefill_transfers_open": len(self._transfers),
-                "prefill_waiting": len(self._prefills),
+                "prefill_waiting": self._transfers.num_prefills,
                 "store_used_bytes": store.used_bytes,
                 "store_chunks": store.num_chunks,
                 "store_hits_total": store.num_hits,
@@ -134,9 +103,11 @@ class PrefillWorker:
     def wait_until_idle(self, timeout_s: float) -> bool:
         """Whether all computing and encoding is done within `timeout_s`."""
         with self._lock:
-            return self._lock.wait_for(
-                lambda: not (self._prefills or self._encodes or self._fresh or self._computing), timeout_s
-            )
+            return self._lock.wait_for(lambda: not self._has_work(), timeout_s)
+
+    def _has_work(self) -> bool:
+        queued = self._transfers.num_prefills or self._masters or self._fresh or self._transfers.most_urgent()
+        return bool(queued or self._computing or self._encoding)
 
     def check_integrity(self) -> None:
         """When idle: no page in use, no transfer or computed chunk left over."""
@@ -144,6 +115,9 @@ class PrefillWorker:
         self.server.check_integrity()
         with self._lock:
             self._runtime.allocator.check_integrity()
+            self._transfers.check_integrity()
+            if not self._fresh:
+                self._levels.check_integrity()
             if not self._computing:
                 assert self._runtime.allocator.num_used == 0, "pages left behind"
 
@@ -167,87 +141,61 @@ class PrefillWorker:
             case BacklogLow():
                 with self._lock:
                     transfer = self._transfers.get(event.transfer_id)
-                    if transfer is not None and transfer.ready and not transfer.is_encoding:
-                        self._encode_next(event.transfer_id, transfer)
+                    if transfer is not None:
+                        transfer.unsent_priority = None
+                        self._lock.notify_all()
             case TransferClosed():
                 with self._lock:
-                    transfer = self._transfers.pop(event.transfer_id, None)
-                    if transfer is not None:
-                        transfer.closed = True
-                        if event.transfer_id in self._prefills:
-                            self._prefills.remove(event.transfer_id)
+                    self._transfers.close(event.transfer_id)
                     self._lock.notify_all()
 
     def _on_opened(self, event: TransferOpened) -> None:
         try:
-            transfer = self._read_open(event.body)
+            request = self._read_open(event.body)
         except BadOpen as error:
             self.server.refuse(event.transfer_id, str(error))
             return
         with self._lock:
-            stored = [self._sizes(key) for key in transfer.keys]
-            self._transfers[event.transfer_id] = transfer
-        self.server.accept(event.transfer_id, {"stored": stored})
+            sizes = {key: self._levels.sizes(key) for key in request.keys}
+            stored = [{} if sizes[key] is None and key in self._fresh else sizes[key] for key in request.keys]
+            encode_s = self._encode_times.of_chunk(request.chunk_tokens)
+            self._transfers.open(event.transfer_id, request)
+        self.server.accept(event.transfer_id, {"stored": stored, "encode_s": encode_s})
 
-    def _sizes(self, key: bytes) -> dict[str, int] | None:
-        sizes = self._levels.sizes(key)
-        return {} if sizes is None and key in self._fresh else sizes
-
-    def _read_open(self, body: dict[str, Any]) -> _Transfer:
-        tokens, chunk_tokens, salt = body.get("token_ids"), body.get("chunk_tokens"), body.get("cache_salt", "")
+    def _read_open(self, body: dict[str, Any]) -> OpenRequest:
         model = self._runtime.model
-        if not isinstance(tokens, list) or not 1 <= len(tokens) <= model.max_context:
-            raise BadOpen(f"token_ids must be a list of 1 to {model.max_context} token ids")
-        if not all(type(token) is int and 0 <= token < model.vocab_size for token in tokens):
-            raise BadOpen(f"token_ids must lie in 0 .. {model.vocab_size - 1}")
-        if type(chunk_tokens) is not int or not 16 <= chunk_tokens <= 4096 or chunk_tokens % BLOCK_TOKENS:
-            raise BadOpen(f"chunk_tokens must be a multiple of {BLOCK_TOKENS} in 16 .. 4096, not {chunk_tokens!r}")
-        if not isinstance(salt, str):
-            raise BadOpen("cache_salt must be a string")
-        keys = chunk_keys(tokens, chunk_tokens, fingerprint=model.fingerprint, cache_salt=salt)
-        return _Transfer(token_ids=tokens, keys=keys, chunk_tokens=chunk_tokens)
+        return read_open(
+            body, max_context=model.max_context, vocab_size=model.vocab_size, block_tokens=BLOCK_TOKENS,
+            fingerprint=model.fingerprint,
+        )  # fmt: skip
 
     def _on_requested(self, event: ChunkRequested) -> None:
         with self._lock:
             transfer = self._transfers.get(event.transfer_id)
             if transfer is None:
                 return
-            if event.chunk >= len(transfer.keys) or event.level not in self._runtime.profile.level_names:
-                names = ", ".join(self._runtime.profile.level_names)
-                reason = f"chunk {event.chunk} of {len(transfer.keys)} at level {event.level!r}: levels are {names}"
-                self.server.fail(event.transfer_id, event.chunk, reason)
-            elif self._sizes(transfer.keys[event.chunk]) is not None:
-                self._offer(event.transfer_id, transfer, event.chunk)
+            num_chunks = len(transfer.request.keys)
+            wrong = self._levels.check(event.level)
+            if event.chunk >= num_chunks:
+                wrong = f"there is no chunk {event.chunk}: this prompt has {num_chunks}"
+            if wrong is not None:
+                transfer.drop(event.chunk)
+                self.server.fail(event.transfer_id, event.chunk, wrong)
+                return
+            ask = Ask(level=event.level, priority=event.priority)
+            if self._is_here(transfer.request.keys[event.chunk]):
+                transfer.make_ready(event.chunk, ask)
+                self._lock.notify_all()
             else:
-                self._want_computed(event.transfer_id, transfer, event.chunk)
+                self._want_computed(transfer, event.chunk, ask)
 
-    def _want_computed(self, transfer_id: str, transfer: _Transfer, chunk: int) -> None:
-        """The prompt is computed only when a chunk of it is wanted: the receiver may compute it itself instead."""
-        if not transfer.is_computing and len(self._prefills) >= MAX_WAITING_PREFILLS:
-            self.server.fail(transfer_id, chunk, f"busy: {len(self._prefills)} prompts wait to be computed")
-            return
-        transfer.waiting.add(chunk)
-        if not transfer.is_computing:
-            self._queue_prefill(transfer_id, transfer)
+    def _is_here(self, key: bytes) -> bool:
+        return key in self._fresh or self.store.sizes(key) is not None
 
-    def _queue_prefill(self, transfer_id: str, transfer: _Transfer) -> None:
-        transfer.is_computing = True
-        self._prefills.append(transfer_id)
-        self._lock.notify_all()
-
-    def _offer(self, transfer_id: str, transfer: _Transfer, chunk: int | None = None) -> None:
-        """Have the next chunk encoded, if the last one is on its way: until then its level can be amended."""
-        if chunk is not None:
-            transfer.ready[chunk] = None
-        if transfer.ready and not transfer.is_encoding and self.server.backlog_bytes(transfer_id) == 0:
-            self._encode_next(transfer_id, transfer)
-
-    def _encode_next(self, transfer_id: str, transfer: _Transfer) -> None:
-        transfer.is_encoding = True
-        self._push(URGENT, transfer_id)
-
-    def _push(self, urgency: int, job: Any) -> None:
-        heapq.heappush(self._encodes, (urgency, next(self._order), job))
+    def _want_computed(self, transfer: Transfer, chunk: int, ask: Ask) -> None:
+        reason = self._transfers.want_computed(transfer, chunk, ask)
+        if reason is not None:
+            self.server.fail(transfer.id, chunk, reason)
         self._lock.notify_all()
 
     # -- computing ------------------------------------------------------------------------------------------------
@@ -271,109 +219,80 @@ class PrefillWorker:
             with self._lock:
                 self._computing = False
                 self._lock.notify_all()
-                self._lock.wait_for(lambda: self._prefills or self._stopping)
+                self._lock.wait_for(lambda: self._transfers.num_prefills or self._stopping)
                 if self._stopping:
                     return
-                transfer_id = self._prefills.popleft()
-                transfer = self._transfers.get(transfer_id)
                 self._computing = True
-                if transfer is not None and not transfer.waiting:
-                    transfer.is_computing = False  # another transfer had the same chunks computed meanwhile
-                    transfer = None
-            if transfer is None:
-                continue
-            try:
-                self._compute(transfer_id, transfer)
-            except Exception as error:
-                log.exception("%s: a prompt could not be computed", self.worker_id)
-                self._end(transfer_id, f"the prompt could not be computed: {type(error).__name__}: {error}")
+                transfer = self._transfers.next_prefill()
+            if transfer is not None:
+                self._compute(transfer)
 
-    def _compute(self, transfer_id: str, transfer: _Transfer) -> None:
-        runtime, size = self._runtime, transfer.chunk_tokens
-        num_chunks = num_loadable_chunks(len(transfer.token_ids), size)
-        num_blocks = blocks_for(num_chunks * size, BLOCK_TOKENS)
-        if not runtime.allocator.can_allocate(num_blocks):
-            self._end(
-                transfer_id,
-                f"the prompt needs {num_blocks} KV blocks, the prefill worker has {runtime.pool.num_blocks}",
-            )
-            return
-        table = runtime.allocator.allocate(num_blocks)
+    def _compute(self, transfer: Transfer) -> None:
+        """Chunk by chunk from the first. What cannot be computed fails; the transfer goes on with what is stored."""
+        runtime = self._runtime
+        num_blocks = blocks_for(len(transfer.request.keys) * transfer.request.chunk_tokens, BLOCK_TOKENS)
+        table: list[int] = []
         try:
-            for index, key in enumerate(transfer.keys):
-                start, stop = index * size, (index + 1) * size
-                with self._lock:
-                    self._lock.wait_for(lambda: len(self._fresh) < MAX_FRESH_CHUNKS or self._stopping)
-                    if transfer.closed or self._stopping:
-                        return
-                if self._reuse(key, table, start=start, stop=stop):
-                    with self._lock:
-                        self._wake_waiting(key)
-                    continue
-                tokens = transfer.token_ids[start:stop]
-                runtime.engine.forward([SequenceSlice(token_ids=tokens, start=start, block_table=table)])
-                k, v = runtime.pool.read(table, start, stop)
-                with self._lock:
-                    self._counters["computed_tokens_total"] += size
-                    self._fresh[key] = _Fresh(k=k, v=v, start=start)
-                    self._wake_waiting(key)
-                    self._push(LATER, key)
+            if runtime.allocator.can_allocate(num_blocks):
+                table = runtime.allocator.allocate(num_blocks)
+                self._compute_chunks(transfer, table)
+            else:
+                room = f"the prompt needs {num_blocks} KV blocks, the prefill worker has {runtime.pool.num_blocks}"
+                self._cannot_compute(transfer, room)
+        except Exception as error:
+            log.exception("%s: a prompt could not be computed", self.worker_id)
+            self._cannot_compute(transfer, f"the prompt could not be computed: {type(error).__name__}: {error}")
         finally:
             with self._lock:
                 runtime.allocator.free(table)
-                transfer.is_computing = False
-                if transfer.waiting and not transfer.closed and not self._stopping:
-                    # Asked for after this run had passed it, and gone from a store that is too small for the prompt.
-                    self._queue_prefill(transfer_id, transfer)
+                self._transfers.prefill_ended(transfer)
 
-    def _reuse(self, key: bytes, table: list[int], *, start: int, stop: int) -> bool:
-        """Put a chunk that was computed before into the pages, if it is here. The fresh ones are looked at first:
-        a chunk leaves them only when its master is in the store."""
+    def _cannot_compute(self, transfer: Transfer, reason: str) -> None:
         with self._lock:
-            fresh = self._fresh.get(key)
-        if fresh is not None:
-            self._runtime.pool.write(table, start, fresh.k, fresh.v)
-            return True
-        master = self.store.get(key, MASTER_LEVEL)
-        if master is not None:
-            self._runtime.decode_into_pages(master, table, start=start, stop=stop)
-        return master is not None
+            for chunk in self._transfers.cannot_compute(transfer, reason):
+                self.server.fail(transfer.id, chunk, reason)
 
-    def _wake_waiting(self, key: bytes) -> None:
-        """Whoever waits for this chunk, whichever transfer had it computed, can be served now."""
-        for transfer_id, transfer in self._transfers.items():
-            for chunk in sorted(transfer.waiting):
-                if transfer.keys[chunk] == key:
-                    transfer.waiting.discard(chunk)
-                    self._offer(transfer_id, transfer, chunk)
+    def _compute_chunks(self, transfer: Transfer, table: list[int]) -> None:
+        chunks = compute_chunks(
+            transfer.request, table, runtime=self._runtime, store=self.store, fresh_of=self._fresh_of
+        )
+        while True:
+            with self._lock:
+                self._lock.wait_for(lambda: len(self._fresh) < MAX_FRESH_CHUNKS or self._stopping)
+                if transfer.is_closed or self._stopping:
+                    return
+            key, fresh = next(chunks, (None, None))
+            if key is None:
+                return
+            with self._lock:
+                if fresh is not None:
+                    self._counters["computed_tokens_total"] += transfer.request.chunk_tokens
+                    self._fresh[key] = fresh
+                    self._masters.append(key)
+                self._transfers.arrived(key)
+                self._lock.notify_all()
 
-    def _end(self, transfer_id: str, reason: str) -> None:
+    def _fresh_of(self, key: bytes) -> FreshChunk | None:
         with self._lock:
-            self._transfers.pop(transfer_id, None)
-        self.server.end(transfer_id, reason)
+            return self._fresh.get(key)
 
     # -- encoding -------------------------------------------------------------------------------------------------
 
     def _encode_loop(self) -> None:
-        offered_at = time.monotonic()
         while True:
             with self._lock:
-                self._lock.wait_for(lambda: self._encodes or self._stopping, OFFER_EVERY_S)
+                self._encoding = False
+                self._lock.notify_all()
+                self._lock.wait_for(lambda: self._masters or self._stopping or self._transfers.most_urgent())
                 if self._stopping:
                     return
-                if time.monotonic() - offered_at >= OFFER_EVERY_S:
-                    offered_at = time.monotonic()
-                    for transfer_id, transfer in self._transfers.items():
-                        self._offer(transfer_id, transfer)
-                if not self._encodes:
-                    continue
-                urgency, _, job = heapq.heappop(self._encodes)
-            if urgency == LATER:
-                self._encode_master(job)
-            else:
-                self._encode_for(job)
-            with self._lock:
-                self._lock.notify_all()
+                self._encoding = True
+                due = self._transfers.most_urgent()
+                key = self._masters.popleft() if due is None else None
+            if due is not None:
+                self._encode_for(*due)
+            elif key is not None:
+                self._encode_master(key)
 
     def _encode_master(self, key: bytes) -> None:
         with self._lock:
@@ -385,47 +304,45 @@ class PrefillWorker:
         with self._lock:
             del self._fresh[key]
 
-    def _encode_for(self, transfer_id: str) -> None:
-        """Encode and supply the first ready chunk of a transfer that is still wanted."""
-        while True:
-            with self._lock:
-                transfer = self._transfers.get(transfer_id)
-                if transfer is None:
-                    return
-                if not transfer.ready:
-                    transfer.is_encoding = False
-                    return
-                chunk = next(iter(transfer.ready))
-                del transfer.ready[chunk]
-                if self._sizes(transfer.keys[chunk]) is None:  # evicted since it was asked for
-                    self._want_computed(transfer_id, transfer, chunk)
-                    continue
-            level = self.server.take(transfer_id, chunk)
-            blob = self._blob_or_fail(transfer_id, transfer, chunk, level) if level is not None else None
-            if level is None or blob is None:
-                continue  # withdrawn, closed or failed
-            with self._lock:
-                self._counters["sent_chunks_total"] += 1
-                transfer.is_encoding = False  # before the supply, whose end may already ask for the next
-            self.server.supply(transfer_id, chunk, level, blob)
-            with self._lock:
-                self._offer(transfer_id, transfer)  # it may have been withdrawn meanwhile, and nothing was sent
-            return
+    def _encode_for(self, transfer: Transfer, chunk: int) -> None:
+        """Encode and supply a ready chunk, if it is still wanted."""
+        with self._lock:
+            ask = transfer.ready.pop(chunk, None)
+            if ask is None or transfer.is_closed:
+                return
+            if not self._is_here(transfer.request.keys[chunk]):  # evicted since it was asked for
+                self._want_computed(transfer, chunk, ask)
+                return
+        level = self.server.take(transfer.id, chunk)
+        blob = self._blob_or_fail(transfer, chunk, level) if level is not None else None
+        if level is None or blob is None:
+            return  # withdrawn, closed or failed
+        with self._lock:
+            self._counters["sent_chunks_total"] += 1
+            transfer.supplied(ask)
+        self.server.supply(transfer.id, chunk, level, blob)
+        if self.server.backlog_bytes(transfer.id) == 0:
+            with self._lock:  # withdrawn while it was encoded, or too large: then nothing will be said of it
+                transfer.unsent_priority = None
 
-    def _blob_or_fail(self, transfer_id: str, transfer: _Transfer, chunk: int, level: str) -> bytes | None:
+    def _blob_or_fail(self, transfer: Transfer, chunk: int, name: str) -> bytes | None:
+        begin = time.perf_counter()
         try:
-            blob = self._blob(transfer, chunk, level)
+            blob = self._blob(transfer, chunk, name)
         except CodecError as error:
             # For example KV with NaN at a lossy level: only this chunk fails, and the receiver computes it.
-            self.server.fail(transfer_id, chunk, f"{type(error).__name__}: {error}")
+            self.server.fail(transfer.id, chunk, f"{type(error).__name__}: {error}")
             return None
         if blob is None:
-            self.server.fail(transfer_id, chunk, "the chunk is no longer stored here")
+            self.server.fail(transfer.id, chunk, "the chunk is no longer stored here")
+            return None
+        with self._lock:
+            took_s = time.perf_counter() - begin
+            self._encode_times.note(split_level(name)[1], took_s, num_tokens=transfer.request.chunk_tokens)
         return blob
 
-    def _blob(self, transfer: _Transfer, chunk: int, level: str) -> bytes | None:
-        key, size = transfer.keys[chunk], transfer.chunk_tokens
-        with self._lock:
-            fresh = self._fresh.get(key)
+    def _blob(self, transfer: Transfer, chunk: int, name: str) -> bytes | None:
+        key, (start, stop) = transfer.request.keys[chunk], transfer.request.span(chunk)
+        fresh = self._fresh_of(key)
         kv = (fresh.k, fresh.v) if fresh is not None else None
-        return self._levels.blob(key, level, start=chunk * size, stop=(chunk + 1) * size, fresh=kv)
+        return self._levels.blob(key, name, start=start, stop=stop, fresh=kv)

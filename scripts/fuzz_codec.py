@@ -43,7 +43,7 @@ from codec.rope import RopeTable
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "tests" / "support"))
 from codec_cases import make_kv, make_layout, make_profile, make_rope  # noqa: E402
-from codec_forge import CHECKSUMS, FIELDS, outer_checksums_hold, put_together, seal, take_apart  # noqa: E402
+from codec_forge import CHECKSUMS, FIELDS, bound_to, outer_checksums_hold, put_together, seal, take_apart  # noqa: E402
 
 MEMORY_MB = 64
 MAX_REPORTED = 5
@@ -331,7 +331,8 @@ class Fuzzer:
         if seed.coarse:
             self._select("refined", seed, blob, is_sealed, lambda: refine_chunk(seed.coarse, blob))
         elif seed.rest:
-            self._select("refined", seed, blob, is_sealed, lambda: refine_chunk(blob, seed.rest))
+            rest = bound_to(seed.rest, blob) if rng.random() < 0.7 else seed.rest
+            self._select("refined", seed, blob, is_sealed, lambda: refine_chunk(blob, rest))
 
     def _whole(self, seed: Seed, blob: bytes, is_sealed: bool) -> None:
         try:

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import queue
-import random
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 from pair import make_runtime
+from prefill_receiver import CHUNK, LATEST_S, Receiver, prompt, serving, transfer_of, wait_until
 
 from codec.errors import UnencodableTensor
 from prefill.engine import Engine
@@ -19,71 +17,8 @@ from prefill.runtime import ModelRuntime
 from prefill.store import MASTER_LEVEL
 from prefill.worker import PrefillWorker
 from transport.errors import BindFailed
-from transport.events import BlobArrived, ChunkFailed, Opened, PartArrived, Refused, TransferEvent, TransferLost
-from transport.kv_client import KVClient
-
-CHUNK = 32
-LATEST_S = 20.0  # no wait in here is longer
-
-
-def prompt(length: int, seed: int) -> list[int]:
-    rng = random.Random(seed)
-    return [rng.randrange(3, 512) for _ in range(length)]
-
-
-class Receiver:
-    """A KVClient whose events wait in a queue a transfer."""
-
-    def __init__(self, worker: PrefillWorker) -> None:
-        self._queues: dict[str, queue.Queue[TransferEvent]] = {}
-        self._lock = threading.Lock()
-        self.worker = worker
-        greeting = worker._runtime.greeting()
-        self.client = KVClient(greeting=greeting, on_event=self._on_event, incarnation="test")
-
-    def _queue(self, transfer_id: str) -> queue.Queue[TransferEvent]:
-        with self._lock:
-            return self._queues.setdefault(transfer_id, queue.Queue())
-
-    def _on_event(self, event: TransferEvent) -> None:
-        if not isinstance(event, PartArrived):
-            self._queue(event.transfer_id).put(event)
-
-    def next(self, transfer_id: str) -> TransferEvent:
-        return self._queue(transfer_id).get(timeout=LATEST_S)
-
-    def open(self, tokens: list[int], **body: Any) -> str:
-        body = {"token_ids": tokens, "chunk_tokens": CHUNK, "cache_salt": "", **body}
-        return self.client.open(self.worker.endpoint, body)
-
-    def opened(self, tokens: list[int]) -> tuple[str, list[dict[str, int] | None]]:
-        transfer_id = self.open(tokens)
-        event = self.next(transfer_id)
-        assert isinstance(event, Opened), event
-        return transfer_id, event.body["stored"]
-
-    def blobs(self, transfer_id: str, *chunks: int, level: str = MASTER_LEVEL) -> dict[int, bytes]:
-        for chunk in chunks:
-            self.client.request(transfer_id, chunk, level)
-        found = {}
-        while len(found) < len(chunks):
-            event = self.next(transfer_id)
-            assert isinstance(event, BlobArrived), event
-            found[event.chunk] = bytes(event.blob)
-        return found
-
-
-@contextmanager
-def serving(*, num_blocks: int = 256, **options: Any) -> Iterator[Receiver]:
-    worker = PrefillWorker(make_runtime(num_blocks=num_blocks), **options)
-    receiver = Receiver(worker)
-    try:
-        yield receiver
-        assert worker.wait_until_idle(LATEST_S)
-        worker.check_integrity()
-    finally:
-        receiver.client.shutdown()
-        worker.shutdown()
+from transport.events import BlobArrived, ChunkFailed, Opened, Refused, TransferLost
+from transport.shaper import Shaper
 
 
 def test_one_prompt_asked_for_by_many_at_once_is_computed_once() -> None:
@@ -114,11 +49,12 @@ def test_a_prompt_is_taken_up_while_its_chunks_still_wait_for_the_encoder(monkey
         receiver.client.request(first, 0, MASTER_LEVEL)
         receiver.client.request(second, 5, MASTER_LEVEL)
         with worker._lock:
-            assert worker._lock.wait_for(lambda: len(worker._fresh) == 6 and not worker._prefills, LATEST_S)
+            assert worker._lock.wait_for(
+                lambda: len(worker._fresh) == 6 and not worker._transfers.num_prefills, LATEST_S
+            )
         longer = receiver.opened([*tokens, *prompt(2 * CHUNK, seed=3)])[0]
         receiver.client.request(longer, 7, MASTER_LEVEL)
-        with worker._lock:
-            assert worker._lock.wait_for(lambda: len(worker._fresh) == 8, LATEST_S)
+        wait_until(worker, lambda: len(worker._fresh) == 8)
         gate.set()
         for transfer_id, chunk in ((first, 0), (second, 5), (longer, 7)):
             event = receiver.next(transfer_id)
@@ -158,12 +94,10 @@ def test_a_chunk_asked_for_after_the_computation_has_passed_and_lost_it(monkeypa
         monkeypatch.setattr(Engine, "forward", slow_forward)
         transfer_id, _ = receiver.opened(prompt(8 * CHUNK + 1, seed=5))
         receiver.client.request(transfer_id, 7, MASTER_LEVEL)
-        with worker._lock:
-            passed = lambda: not worker._fresh and worker._levels.num_encoded == 6  # noqa: E731
-            assert worker._lock.wait_for(passed, LATEST_S)
+        wait_until(worker, lambda: not worker._fresh and worker._levels.num_encoded == 6)
         receiver.client.request(transfer_id, 0, MASTER_LEVEL)
         deadline = time.monotonic() + LATEST_S
-        while 0 not in worker._transfers[transfer_id].waiting and time.monotonic() < deadline:
+        while 0 not in transfer_of(worker, transfer_id).waiting and time.monotonic() < deadline:
             time.sleep(0.005)
         gate.set()
         events = [receiver.next(transfer_id) for _ in range(2)]
@@ -189,11 +123,9 @@ def test_a_chunk_evicted_between_the_request_and_its_encoding_is_computed_again(
         receiver.client.request(new, 0, MASTER_LEVEL)
         assert stuck.wait(LATEST_S)
         receiver.client.request(old, 0, "q1")
-        with worker._lock:
-            queued = lambda: any(job == old for _, _, job in worker._encodes)  # noqa: E731
-            assert worker._lock.wait_for(queued, LATEST_S)
+        wait_until(worker, lambda: transfer_of(worker, old).ready)
         # The store now looks as it does when another prompt's chunks have taken the room.
-        worker.store._evict(worker._transfers[old].keys[0], MASTER_LEVEL)
+        worker.store._evict(transfer_of(worker, old).request.keys[0], MASTER_LEVEL)
         gate.set()
         event = receiver.next(old)
         assert isinstance(event, BlobArrived) and event.level == "q1", event
@@ -231,17 +163,22 @@ def test_a_prompt_that_the_model_fails_on_harms_no_other(monkeypatch: pytest.Mon
         transfer_id, _ = receiver.opened(bad)
         receiver.client.request(transfer_id, 1, MASTER_LEVEL)
         event = receiver.next(transfer_id)
-        assert isinstance(event, TransferLost) and "could not be computed" in event.reason
+        assert isinstance(event, ChunkFailed) and "could not be computed" in event.reason
+        assert len(receiver.blobs(transfer_id, 0)) == 1  # it was done before, and the transfer goes on
         assert len(receiver.blobs(receiver.opened(prompt(2 * CHUNK + 1, seed=10))[0], 0, 1)) == 2
         assert receiver.worker.is_alive
 
 
-def test_a_pool_smaller_than_the_prompt_ends_the_transfer_with_the_reason() -> None:
+def test_a_pool_smaller_than_the_prompt_fails_what_is_not_stored_with_the_reason() -> None:
     with serving(num_blocks=4) as receiver:
-        transfer_id, _ = receiver.opened(prompt(4 * CHUNK + 1, seed=11))
-        receiver.client.request(transfer_id, 0, MASTER_LEVEL)
-        event = receiver.next(transfer_id)
-        assert isinstance(event, TransferLost) and "8 KV blocks" in event.reason and "4" in event.reason
+        tokens = prompt(4 * CHUNK + 1, seed=11)
+        receiver.blobs(receiver.opened(tokens[: 2 * CHUNK + 1])[0], 0, 1)
+        transfer_id, _ = receiver.opened(tokens)
+        for chunk in (2, 3, 2):  # asking again changes nothing
+            receiver.client.request(transfer_id, chunk, MASTER_LEVEL)
+            event = receiver.next(transfer_id)
+            assert isinstance(event, ChunkFailed) and "8 KV blocks" in event.reason and "4" in event.reason
+        assert len(receiver.blobs(transfer_id, 0, 1)) == 2
         assert len(receiver.blobs(receiver.opened(prompt(2 * CHUNK + 1, seed=12))[0], 0, 1)) == 2
 
 
@@ -258,6 +195,9 @@ def test_a_pool_smaller_than_the_prompt_ends_the_transfer_with_the_reason() -> N
         {"chunk_tokens": 24},
         {"chunk_tokens": "32"},
         {"cache_salt": 7},
+        {"stored_only": 1},
+        {"stored_only": None},
+        {"stored_only": "yes"},
     ],
 )
 def test_what_is_no_prompt_is_refused(lasting: Receiver, body: dict[str, Any]) -> None:
@@ -271,7 +211,9 @@ def lasting() -> Iterator[Receiver]:
         yield receiver
 
 
-@pytest.mark.parametrize(("chunk", "level"), [(3, MASTER_LEVEL), (0, "q99")])
+@pytest.mark.parametrize(
+    ("chunk", "level"), [(3, MASTER_LEVEL), (0, "q99"), (0, "q1>q3"), (0, "q1>lossless"), (0, "q3>"), (0, "q9>q1")]
+)
 def test_a_chunk_or_level_that_is_not_there_fails_alone(lasting: Receiver, chunk: int, level: str) -> None:
     transfer_id, _ = lasting.opened(prompt(3 * CHUNK + 1, seed=13))
     lasting.client.request(transfer_id, chunk, level)
@@ -302,12 +244,13 @@ def test_a_prompt_nobody_waits_for_any_more_is_not_computed(monkeypatch: pytest.
         others = [receiver.opened(prompt(2 * CHUNK + 1, seed=16 + i))[0] for i in range(3)]
         for transfer_id in others:
             receiver.client.request(transfer_id, 0, MASTER_LEVEL)
-        with worker._lock:
-            assert worker._lock.wait_for(lambda: len(worker._prefills) == 3, LATEST_S)
+        wait_until(worker, lambda: worker._transfers.num_prefills == 3)
         for transfer_id in others:
             receiver.client.close(transfer_id)
         with worker._lock:
-            assert worker._lock.wait_for(lambda: not worker._prefills, LATEST_S)  # they hold no place in the queue
+            assert worker._lock.wait_for(
+                lambda: not worker._transfers.num_prefills, LATEST_S
+            )  # they hold no place in the queue
         gate.set()
         assert isinstance(receiver.next(first), BlobArrived)
         assert worker.wait_until_idle(LATEST_S)
@@ -372,36 +315,18 @@ def test_a_chunk_withdrawn_while_it_is_encoded_does_not_hold_up_the_next(monkeyp
         assert isinstance(event, BlobArrived) and event.chunk == 1, event
 
 
-def test_a_chunk_withdrawn_on_its_way_does_not_hold_up_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_chunk_withdrawn_on_its_way_does_not_hold_up_the_next() -> None:
     """The link takes nothing more of a large chunk; the receiver computes it and waits for the one behind it."""
-    with serving() as receiver:
-        worker, backlog = receiver.worker, [1]
-        transfer_id = receiver.opened(prompt(4 * CHUNK + 1, seed=22))[0]
-        receiver.blobs(transfer_id, 3)
-        assert worker.wait_until_idle(LATEST_S)
-        monkeypatch.setattr(worker.server, "backlog_bytes", lambda _: backlog[0])
-        receiver.client.request(transfer_id, 0, "raw")
-        until_ready = time.monotonic() + LATEST_S
-        while 0 not in worker._transfers[transfer_id].ready and time.monotonic() < until_ready:
-            time.sleep(0.005)
-        backlog[0] = 0  # by a withdrawal, of which transport says nothing
-        assert isinstance(receiver.next(transfer_id), BlobArrived)
-
-
-def test_a_chunk_is_encoded_only_when_the_one_before_is_on_its_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until then its level can be amended."""
-    with serving() as receiver:
-        worker = receiver.worker
-        tokens = prompt(2 * CHUNK + 1, seed=21)
-        receiver.blobs(receiver.opened(tokens)[0], 0, 1)
-        assert worker.wait_until_idle(LATEST_S)
-        backlog = [1]
-        monkeypatch.setattr(worker.server, "backlog_bytes", lambda transfer_id: backlog[0])
-        transfer_id, _ = receiver.opened(tokens)
-        receiver.client.request(transfer_id, 0, "q1")
-        with worker._lock:
-            assert worker._lock.wait_for(lambda: worker._transfers[transfer_id].ready, 2.0) or not worker._encodes
-        receiver.client.request(transfer_id, 0, MASTER_LEVEL)
-        backlog[0] = 0
+    with serving() as receiver, Shaper(receiver.worker.endpoint, rate_mbps=1) as shaper:
+        worker, tokens = receiver.worker, prompt(2 * 512 + 1, seed=22)
+        body = {"token_ids": tokens, "chunk_tokens": 512, "cache_salt": ""}
+        transfer_id = receiver.client.open(shaper.endpoint, body)
+        assert isinstance(receiver.next(transfer_id), Opened)
+        receiver.client.request(transfer_id, 0, "raw")  # takes some 10 s
+        wait_until(worker, lambda: worker._counters["sent_chunks_total"] == 1 and not worker._encoding)
+        receiver.client.request(transfer_id, 1, "q3")
+        wait_until(worker, lambda: transfer_of(worker, transfer_id).ready)
+        assert worker.server.backlog_bytes(transfer_id) > 0
+        receiver.client.withdraw(transfer_id, 0)
         event = receiver.next(transfer_id)
-        assert isinstance(event, BlobArrived) and event.level == MASTER_LEVEL, event
+        assert isinstance(event, BlobArrived) and event.chunk == 1, event

@@ -61,7 +61,7 @@ def put_together(parts: Parts, *, fit: bool = True, seal: frozenset[str] = CHECK
     body = directory + b"".join(parts.pieces) + parts.plain
     if fit:
         fields[FIELDS["body"]] = len(body)
-    if "directory" in seal:
+    if "directory" in seal and not fields[FIELDS["first_stage"]]:  # a refinement's is of another blob's directory
         fields[FIELDS["directory_crc"]] = zlib.crc32(directory) if directory else 0
     head = HEADER.pack(*fields)
     if "header" in seal:
@@ -84,7 +84,8 @@ def seal(blob: bytes, *, fit_body: bool = False) -> bytes:
         for i in np.flatnonzero(edges[1:] <= len(blob) - CRC_BYTES):
             entries[i]["crc"] = zlib.crc32(blob[edges[i] : edges[i + 1]])
         data[HEADER_BYTES:at] = entries.tobytes()
-        fields[FIELDS["directory_crc"]] = zlib.crc32(data[HEADER_BYTES:at])
+        if not fields[FIELDS["first_stage"]]:
+            fields[FIELDS["directory_crc"]] = zlib.crc32(data[HEADER_BYTES:at])
     head = HEADER.pack(*fields)[:-4]
     data[:HEADER_BYTES] = head + struct.pack("<I", zlib.crc32(head))
     data[-CRC_BYTES:] = blob_crc(data[:-CRC_BYTES])
@@ -101,6 +102,15 @@ def forge(blob: bytes, **fields: object) -> bytes:
     return whole + blob_crc(whole)
 
 
+def bound_to(refinement: bytes, coarse: bytes) -> bytes:
+    """The refinement as if it had been made from the encoding that `coarse` is cut from, whatever that is."""
+    if len(coarse) < HEADER_BYTES:
+        return refinement
+    fields = HEADER.unpack(coarse[:HEADER_BYTES])
+    count = fields[FIELDS["stages"]] * 2 * fields[FIELDS["layers"]] * fields[FIELDS["heads"]]
+    return forge(refinement, directory_crc=zlib.crc32(coarse[HEADER_BYTES : HEADER_BYTES + count * ENTRY.itemsize]))
+
+
 def outer_checksums_hold(blob: bytes) -> bool:
     """The header's, the directory's and the blob's: all that a reader of a whole blob relies on."""
     if len(blob) < HEADER_BYTES + CRC_BYTES:
@@ -112,4 +122,4 @@ def outer_checksums_hold(blob: bytes) -> bool:
         return False
     count = fields[FIELDS["stages"]] * 2 * fields[FIELDS["layers"]] * fields[FIELDS["heads"]]
     directory = blob[HEADER_BYTES : HEADER_BYTES + count * ENTRY.itemsize]
-    return not count or zlib.crc32(directory) == fields[FIELDS["directory_crc"]]
+    return not count or fields[FIELDS["first_stage"]] > 0 or zlib.crc32(directory) == fields[FIELDS["directory_crc"]]

@@ -1,4 +1,4 @@
-"""Any level of a stored chunk: what is encoded, what is cut, what is kept."""
+"""Any level and refinement of a chunk: what is encoded, what is cut, what is kept, what is refused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 import torch
 from codec_cases import make_kv, make_layout, make_profile, same_bits
 
-from codec.chunk import decode_chunk, encode_chunk, inspect_blob
+from codec.chunk import decode_chunk, encode_chunk, inspect_blob, refine_chunk
+from codec.errors import CodecError, WrongRefinement
 from codec.profile import Profile
 from prefill.chunk_levels import ChunkLevels
 from prefill.store import ChunkStore
@@ -36,8 +37,13 @@ def kv() -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.fixture
-def levels(kv: tuple[torch.Tensor, torch.Tensor]) -> ChunkLevels:
-    made = ChunkLevels(Codec(make_profile(make_layout())), ChunkStore(1 << 20))  # type: ignore[arg-type]
+def codec() -> Codec:
+    return Codec(make_profile(make_layout()))
+
+
+@pytest.fixture
+def levels(codec: Codec, kv: tuple[torch.Tensor, torch.Tensor]) -> ChunkLevels:
+    made = ChunkLevels(codec, ChunkStore(1 << 20))  # type: ignore[arg-type]
     made.store_master(KEY, *kv, start=0)
     return made
 
@@ -70,10 +76,88 @@ def test_sizes_tell_what_can_be_sent_without_encoding(levels: ChunkLevels) -> No
     assert levels.sizes(b"another") is None
 
 
-def test_a_fresh_chunk_is_coded_at_its_level_alone(levels: ChunkLevels, kv: tuple) -> None:
-    profile = levels._runtime.profile
-    assert blob(levels, "q3", fresh=kv) == encode_chunk(*kv, level="q3", profile=profile, rope=None)
-    assert levels.num_encoded == 2 and set(levels.sizes(KEY) or {}) == {"lossless"}
+def test_a_fresh_chunk_is_quantized_once_and_kept_when_its_master_comes(codec: Codec, kv: tuple) -> None:
+    """The first level goes out before the chunk is in the store, and what follows must fit it."""
+    levels = ChunkLevels(codec, ChunkStore(1 << 20))  # type: ignore[arg-type]
+    coarse, finer = blob(levels, "q3", fresh=kv), blob(levels, "q2", fresh=kv)
+    assert levels.num_encoded == 1 and levels.sizes(KEY) is None
+    levels.store_master(KEY, *kv, start=0)
+    levels.check_integrity()
+    assert levels.num_encoded == 2 and set(levels.sizes(KEY) or {}) == {"lossless", "q1", "q2", "q3"}
+    assert (blob(levels, "q3"), blob(levels, "q2")) == (coarse, finer)
+    assert refine_chunk(coarse, blob(levels, "q3>q1")) == blob(levels, "q1")
+    assert levels.num_encoded == 2
+
+
+def test_levels_sent_fresh_are_those_of_the_store(levels: ChunkLevels, codec: Codec, kv: tuple) -> None:
+    """From the fresh tensors, from the master, from the nested blob: the same bytes, or refinements would not fit."""
+    for level in ("q3", "q2", "q1", "lossless", "q3>q1", "q3>q2", "q2>q1"):
+        for_once = ChunkLevels(codec, ChunkStore(1 << 20))  # type: ignore[arg-type]
+        assert blob(for_once, level, fresh=kv) == blob(levels, level)
+
+
+def test_a_level_encoded_by_itself_takes_no_refinement_made_from_the_store(levels: ChunkLevels, kv: tuple) -> None:
+    """Why a fresh chunk is encoded at the finest level and cut."""
+    alone = levels._runtime.encode(*kv, start=0, level="q3")
+    assert alone != blob(levels, "q3")
+    with pytest.raises(WrongRefinement):
+        refine_chunk(alone, blob(levels, "q3>q1"))
+
+
+def test_refinements_in_any_steps_end_at_the_same_blob(levels: ChunkLevels) -> None:
+    in_steps = refine_chunk(refine_chunk(blob(levels, "q3"), blob(levels, "q3>q2")), blob(levels, "q2>q1"))
+    assert in_steps == refine_chunk(blob(levels, "q3"), blob(levels, "q3>q1")) == blob(levels, "q1")
+    assert levels.num_encoded == 2  # the master, the finest
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("q9", "no level 'q9'"),
+        ("q9>q1", "no level 'q9'"),
+        ("q3>q9", "no level 'q9'"),
+        ("q1>q3", "q3 is not finer than q1"),
+        ("q1>lossless", "only the quantized levels q1, q2, q3"),
+        ("raw>q1", "only the quantized levels"),
+        ("q1>q1", "names neither"),
+        ("q3>q2>q1", "names neither"),
+        ("", "names neither"),
+    ],
+)
+def test_what_cannot_be_asked_for_is_said_clearly(levels: ChunkLevels, name: str, reason: str) -> None:
+    assert reason in (levels.check(name) or "")
+    with pytest.raises(CodecError, match=reason):
+        levels.blob(KEY, name, start=0, stop=TOKENS, fresh=None)
+
+
+def test_exact_after_lossy_is_exact(levels: ChunkLevels, kv: tuple) -> None:
+    """A request with a strict floor never gets what an earlier one was content with."""
+    for level in ("q3", "q3>q1", "q1"):
+        blob(levels, level)
+    encoded = levels.num_encoded
+    for level in ("lossless", "raw"):
+        made = blob(levels, level)
+        assert inspect_blob(made).level == level
+        out = decode_chunk(made, profile=levels._runtime.profile, rope=None)
+        assert same_bits(out[0], kv[0]) and same_bits(out[1], kv[1])
+    assert levels.num_encoded == encoded + 1  # raw; the master was there
+
+
+def test_all_lossy_levels_together_take_the_room_of_the_finest(levels: ChunkLevels, kv: tuple) -> None:
+    alone = len(levels._runtime.encode(*kv, start=0, level="q1"))
+    before = levels._store.stats().used_bytes
+    for level in ("q3", "q2", "q1", "q3>q2", "q2>q1", "q3>q1"):
+        blob(levels, level)
+    assert levels._store.stats().used_bytes - before <= 1.1 * alone
+
+
+def test_a_store_without_room_still_serves_every_level_of_a_fresh_chunk(codec: Codec, kv: tuple) -> None:
+    levels = ChunkLevels(codec, ChunkStore(10))  # type: ignore[arg-type]
+    coarse, rest = blob(levels, "q3", fresh=kv), blob(levels, "q3>q1", fresh=kv)
+    assert refine_chunk(coarse, rest) == blob(levels, "q1", fresh=kv)
+    levels.store_master(KEY, *kv, start=0)
+    levels.check_integrity()
+    assert levels.blob(KEY, "q3", start=0, stop=TOKENS, fresh=None) is None
 
 
 def test_raw_comes_from_the_master_and_is_exact(levels: ChunkLevels, kv: tuple) -> None:
@@ -82,4 +166,5 @@ def test_raw_comes_from_the_master_and_is_exact(levels: ChunkLevels, kv: tuple) 
 
 
 def test_what_is_not_stored_is_none(levels: ChunkLevels) -> None:
-    assert levels.blob(b"another", "q1", start=0, stop=TOKENS, fresh=None) is None
+    for level in ("q1", "q3>q1", "raw", "lossless"):
+        assert levels.blob(b"another", level, start=0, stop=TOKENS, fresh=None) is None

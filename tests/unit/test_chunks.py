@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill.chunks import KEY_BYTES, chunk_keys, num_loadable_chunks
+from prefill.chunks import KEY_BYTES, chunk_keys, num_loadable_chunks, refinement_name, split_level
 
 tokens = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=60)
 sizes = st.integers(1, 16)
@@ -58,3 +58,26 @@ def test_keys_do_not_change_between_versions() -> None:
     """Stores on different machines must agree."""
     (key,) = keys([1, 2, 3, 4, 5], 4, fingerprint="model", cache_salt="salt")
     assert key.hex() == "289aca67f5352af05949e4e2a1718168"
+
+
+names = st.text(st.characters(exclude_characters=">"), min_size=1, max_size=8)
+
+
+@given(names, names)
+def test_a_name_of_a_level_or_a_refinement_splits_into_what_it_was_made_of(have: str, level: str) -> None:
+    assert split_level(level) == (None, level)
+    if have == level:
+        with pytest.raises(AssertionError):
+            refinement_name(have, level)
+    else:
+        assert split_level(refinement_name(have, level)) == (have, level)
+
+
+def test_a_refinement_is_named_as_the_wire_has_it() -> None:
+    assert refinement_name("q3", "q1") == "q3>q1"
+
+
+@pytest.mark.parametrize("name", ["", ">", "q3>", ">q1", "q3>q2>q1", "q3>>q1", "q1>q1"])
+def test_other_names_are_refused(name: str) -> None:
+    with pytest.raises(ValueError, match="names neither"):
+        split_level(name)

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from codec_cases import make_kv, make_layout, make_profile, make_rope, same_bits
-from codec_forge import FIELDS, forge, put_together, seal, take_apart
+from codec_forge import FIELDS, bound_to, forge, put_together, seal, take_apart
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -33,6 +33,7 @@ from codec.errors import (
     TruncatedBlob,
     UnknownLevel,
     WrongProfile,
+    WrongRefinement,
     WrongVersion,
 )
 from codec.levels import LevelKind
@@ -198,6 +199,7 @@ def test_a_refinement_restores_the_finer_blob_byte_for_byte(profile: Profile) ->
     for i, fine in enumerate(names):
         for coarse in names[i + 1 :]:
             rest = refinement_of(levels[fine], profile=profile, have=coarse)
+            assert rest == refinement_of(finest, profile=profile, have=coarse, level=fine)
             info = inspect_blob(rest)
             assert info.is_refinement and info.level == fine
             assert (info.first_stage, info.stages) == (
@@ -247,6 +249,13 @@ def test_what_cannot_be_cut_or_refined() -> None:
             refinement_of(blob, profile=profile, have=have)
     with pytest.raises(CodecError, match="does not refine"):
         refinement_of(rest, profile=profile, have="q4")
+    for blob, have, level in ((fine, "q2", "q3"), (fine, "q3", "q3"), (fine, "q3", "lossless"), (fine, "raw", "q1")):
+        with pytest.raises(CodecError, match="does not refine"):
+            refinement_of(blob, profile=profile, have=have, level=level)
+    with pytest.raises(CodecError, match="lacks the stages"):
+        refinement_of(coarse, profile=profile, have="q4", level="q2")
+    with pytest.raises(UnknownLevel):
+        refinement_of(fine, profile=profile, have="q3", level="q9")
     for level, part in (("q1", {}), ("q3", {}), (None, {"heads": (0, 1)})):
         with pytest.raises(CodecError):
             cut_chunk(rest, profile=profile, level=level, **part)
@@ -280,14 +289,15 @@ def test_what_does_not_belong_together_is_refused() -> None:
         cut_chunk(fine, profile=other, level="q3")
     with pytest.raises(WrongProfile):
         refinement_of(fine, profile=other, have="q3")
-    # Of another chunk of the same shape: nobody can tell before decoding, where the streams do not end as they must.
-    for mixed in (
-        refine_chunk(encode(STATIC, "q3", seed=1), rest),
-        refine_chunk(cut_chunk(encode(STATIC, "q1", seed=1), profile=STATIC, level="q3"), rest),
-        refine_chunk(encode(STATIC, "q3"), rest),  # coded at q3, not cut: its lanes ended there
+    for other_encoding in (
+        encode(STATIC, "q3", seed=1),
+        cut_chunk(encode(STATIC, "q1", seed=1), profile=STATIC, level="q3"),
+        encode(STATIC, "q3"),  # coded at q3, not cut: its lanes ended there
     ):
-        with pytest.raises(MalformedBlob, match="stream"):
-            decode(mixed, STATIC)
+        with pytest.raises(WrongRefinement, match="another encoding"):
+            refine_chunk(other_encoding, rest)
+        with pytest.raises(MalformedBlob, match="stream"):  # what the binding saves from, if all stages are there
+            decode(refine_chunk(other_encoding, bound_to(rest, other_encoding)), STATIC)
 
 
 @PROFILES
