@@ -18,7 +18,9 @@ from transformers import AutoTokenizer
 from cluster.backend_zmq import ClusterBackend
 from cluster.gateway import create_app
 from cluster.openai_answers import ModelCard
+from cluster.policy_reload import POLICY_NUMBER
 from cluster.routing import Membership, Role, WorkerInfo, follow
+from decode.slo import SLOPolicy
 from decode.worker import DecodeWorker
 from prefill.model import ModelRefused
 from prefill.runtime import load_runtime
@@ -67,6 +69,7 @@ class WorkerActor:
     ) -> None:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         self._refused: str | None = None
+        self._policy_number = 0  # the one that it is started with
         self._worker: PrefillWorker | DecodeWorker | None = None
         try:
             loaded = load_runtime(**runtime)
@@ -103,7 +106,14 @@ class WorkerActor:
 
     def stats(self) -> dict[str, float]:
         assert self._worker is not None
-        return self._worker.stats()
+        stats = self._worker.stats()
+        return {**stats, POLICY_NUMBER: self._policy_number} if self._info.role == "decode" else stats
+
+    def set_policy(self, number: int, policy: SLOPolicy) -> None:
+        """For later requests. Reported from now on under this number, see cluster/policy_reload.py."""
+        assert isinstance(self._worker, DecodeWorker)
+        self._worker.set_policy(policy)
+        self._policy_number = number
 
     def check_integrity(self) -> None:
         """For tests: raises AssertionError when something does not add up."""
@@ -119,7 +129,7 @@ class WorkerActor:
                 if not self._worker.is_alive:
                     break
                 controller = controller or ray.get_actor(CONTROLLER)
-                controller.report.remote(replace(self._info, stats=self._worker.stats()).to_wire())
+                controller.report.remote(replace(self._info, stats=self.stats()).to_wire())
             except Exception:
                 # A silent worker is forgotten by all; whatever it was, the next second is another chance.
                 log.exception("%s could not report", self._info.id)
@@ -147,7 +157,7 @@ class GatewayActor:
         chunk_tokens: int,
         host: str,
         port: int,
-        api_keys: tuple[str, ...],
+        api_keys: dict[str, str],
         curve: CurveKeys | None,
     ) -> None:
         self._controller = ray.get_actor(CONTROLLER)

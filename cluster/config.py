@@ -6,9 +6,17 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from cluster.policy import KNOWN_LEVELS, load_policy, policy_from
+from cluster.policy import load_policy, policy_from, why_unservable
+from cluster.policy_schema import (
+    JSON_SCHEMA,
+    KNOWN_LEVELS,
+    TENANT_NAME,
+    TENANT_NAME_RULE,
+    UntitledSchema,
+    policy_json_schema,
+)
 from cluster.yaml_file import ConfigError, YamlDocument, check, read_yaml
 from decode.slo import SLOPolicy
 
@@ -39,8 +47,35 @@ def _check_address(value: Any) -> Any:
     return value
 
 
-Bytes = Annotated[int, BeforeValidator(parse_bytes), Field(gt=0)]
-Address = Annotated[str, BeforeValidator(_check_address)]
+Bytes = Annotated[
+    int,
+    BeforeValidator(parse_bytes),
+    Field(gt=0),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "integer", "exclusiveMinimum": 0},
+                {"type": "string", "pattern": r"^\s*\d+(\.\d+)?\s*(([KkMmGg][Ii]?)?[Bb])?\s*$"},
+            ]
+        }
+    ),
+]
+Address = Annotated[
+    str, BeforeValidator(_check_address), WithJsonSchema({"type": "string", "pattern": "^.+:[0-9]{1,5}$"})
+]
+
+# A key, or a list of keys, or a mapping from each key to the tenant that it stands for (nothing: none).
+_API_KEYS_SCHEMA: dict[str, Any] = {
+    "anyOf": [
+        {"type": "string", "minLength": 1},
+        {"type": "array", "items": {"type": "string", "minLength": 1}},
+        {
+            "type": "object",
+            "propertyNames": {"minLength": 1},
+            "additionalProperties": {"anyOf": [{"type": "null"}, {"type": "string", "pattern": f"^{TENANT_NAME}$"}]},
+        },
+    ]
+}
 
 
 class WorkerLink(BaseModel):
@@ -48,48 +83,98 @@ class WorkerLink(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    bind: Address | None = None
-    advertise: Address | None = None
+    bind: Address | None = Field(default=None, description="HOST:PORT to listen on; port 0: any free one.")
+    advertise: Address | None = Field(default=None, description="HOST:PORT that others connect to. Default: `bind`.")
 
 
 class Links(BaseModel):
-    """Endpoints of single workers (prefill: KV, decode: tokens), in their order; others choose for themselves."""
+    """Endpoints of single workers, in their order; others choose for themselves."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    prefill: tuple[WorkerLink, ...] = Field(default=(), strict=False)
-    decode: tuple[WorkerLink, ...] = Field(default=(), strict=False)
+    prefill: tuple[WorkerLink, ...] = Field(default=(), strict=False, description="Where prefill workers serve KV.")
+    decode: tuple[WorkerLink, ...] = Field(default=(), strict=False, description="Where decode workers serve tokens.")
 
 
-class ServeConfig(BaseModel):
-    """All that `cluster.launch.serve` needs. Every field has a default that serves the bundled model locally.
-
-    threads: compute threads per worker; None: the cores of the node divided among its workers.
-    kv_blocks / kv_memory: size of a worker's paged pool, in blocks of 16 tokens or in bytes (not both).
-    store_bytes: encoded chunks that a prefill worker keeps in RAM.
-    address: "local" starts a Ray of its own; else the address of a running one ("auto": this machine's).
-    insecure: allow KV links off loopback without CURVE.
-    """
+class ServeFile(BaseModel):
+    """The keys of a serve file. Every one has a default that serves the bundled model locally."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
-    model: str = str(BUNDLED_MODEL)
-    model_name: str | None = None
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    num_prefill: int = Field(default=1, ge=0, le=1024)
-    num_decode: int = Field(default=1, ge=1, le=1024)
-    threads: int | None = Field(default=None, ge=1, le=1024)
-    chunk_tokens: int = Field(default=256, ge=16, le=4096, multiple_of=16)
-    kv_blocks: int | None = Field(default=None, ge=1)
-    kv_memory: Bytes | None = None
-    store_bytes: Bytes = 512 * 2**20
-    host: str = "127.0.0.1"
-    port: int = Field(default=8000, ge=0, le=65535)
-    api_keys: tuple[str, ...] = Field(default=(), strict=False)
-    address: str = "local"
-    insecure: bool = False
-    link: Links = Links()
-    policy: SLOPolicy = SLOPolicy()
+    model: str = Field(
+        default=str(BUNDLED_MODEL),
+        description="Folder that transformers loads, relative to this file. Default: the bundled model.",
+    )
+    model_name: str | None = Field(default=None, description="What clients call it. Default: the folder's name.")
+    dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="What the model computes in.")
+    num_prefill: int = Field(default=1, ge=0, le=1024, description="Workers that turn prompts into KV.")
+    num_decode: int = Field(default=1, ge=1, le=1024, description="Workers that turn KV into tokens.")
+    threads: int | None = Field(
+        default=None,
+        ge=1,
+        le=1024,
+        description="Compute threads of a worker. Default: the cores of the node divided among its workers.",
+    )
+    chunk_tokens: int = Field(
+        default=256,
+        ge=16,
+        le=4096,
+        multiple_of=16,
+        description="Tokens in a chunk of KV, the unit that is stored, sent and chosen a level for.",
+    )
+    kv_blocks: int | None = Field(
+        default=None,
+        ge=1,
+        description="A worker's paged pool in blocks of 16 tokens. Default: eight full contexts. Not with kv_memory.",
+    )
+    kv_memory: Bytes | None = Field(
+        default=None, description="A worker's paged pool in bytes, such as 1GiB. Not with kv_blocks."
+    )
+    store_bytes: Bytes = Field(
+        default=512 * 2**20, description="Encoded chunks that a prefill worker keeps in RAM, in bytes."
+    )
+    host: str = Field(
+        default="127.0.0.1", description="Where the gateway listens; 0.0.0.0 to be reached from elsewhere."
+    )
+    port: int = Field(default=8000, ge=0, le=65535, description="Its port; 0: any free one.")
+    api_keys: Annotated[dict[str, str], WithJsonSchema(_API_KEYS_SCHEMA)] = Field(
+        default={},
+        description="Asked for on every path but /health: a key, a list of keys, or a mapping from each key to the "
+        "tenant whose part of the policy holds for it (nothing behind a key: no tenant). Default: no key is asked for.",
+    )
+    address: str = Field(
+        default="local", description="local: a Ray of its own. auto or HOST:PORT: a Ray cluster that runs."
+    )
+    insecure: bool = Field(
+        default=False, description="true: KV and tokens off loopback without encryption and authentication."
+    )
+    link: Links = Field(default=Links(), description="Endpoints of single workers. Default: any free port.")
+    policy: Annotated[SLOPolicy, WithJsonSchema({"type": "string"})] = Field(
+        default=SLOPolicy(),
+        description="The SLO policy, or the name of its file, relative to this one; a file is looked at once a second "
+        "and takes effect when it changes.",
+    )
+
+
+class ServeConfig(ServeFile):
+    """All that `cluster.launch.serve` needs. `policy_file`: where the policy was read, if it has a file of its own."""
+
+    policy_file: Path | None = None
+
+
+def serve_json_schema() -> dict[str, Any]:
+    """JSON Schema of a serve file, with that of the policy inside."""
+    schema = ServeFile.model_json_schema(schema_generator=UntitledSchema)
+    policy = policy_json_schema()
+    schema["$defs"] |= policy.pop("$defs")
+    schema["$defs"]["PolicyFile"] = {key: value for key, value in policy.items() if key != "$schema"}
+    keys = schema["properties"]
+    del keys["model"]["default"]  # a path on the machine that prints it
+    keys["policy"] = {
+        "description": keys["policy"]["description"],
+        "anyOf": [{"type": "string"}, {"$ref": "#/$defs/PolicyFile"}],
+    }
+    return {"$schema": JSON_SCHEMA, **schema, "title": "kvstream serve file"}
 
 
 def load_config(path: str | Path | None, **overrides: Any) -> ServeConfig:
@@ -106,20 +191,23 @@ def config_from(document: YamlDocument, *, base: Path, **overrides: Any) -> Serv
     """The same for a document already read."""
     data = dict(document.data)
     given = {key: value for key, value in overrides.items() if value is not None}
-    policy_path = given.pop("policy", None)
-    if policy_path is not None:
-        data["policy"] = load_policy(policy_path)
+    policy_file = given.pop("policy", None)
+    if policy_file is not None:
+        data["policy"] = load_policy(policy_file)
     elif "policy" in data:
+        if isinstance(data["policy"], str):
+            policy_file = base / data["policy"]
         data["policy"] = _policy_of(document, data["policy"], base)
-    if isinstance(data.get("api_keys"), str):
-        data["api_keys"] = [data["api_keys"]]
+    data |= given
+    if "api_keys" in data:
+        data["api_keys"] = _tenants_by_key(document, data["api_keys"])
     if isinstance(data.get("model"), str) and "model" not in given and (base / data["model"]).is_dir():
         data["model"] = str((base / data["model"]).resolve())
-    config = check(YamlDocument(name=document.name, data={**data, **given}, lines=document.lines), ServeConfig)
-    problems = list(_contradictions(document, config))
+    file = check(YamlDocument(name=document.name, data=data, lines=document.lines), ServeFile)
+    problems = _contradictions(document, file)
     if problems:
         raise ConfigError(problems)
-    return config
+    return ServeConfig(**dict(file), policy_file=None if policy_file is None else Path(policy_file))
 
 
 def _policy_of(document: YamlDocument, value: Any, base: Path) -> SLOPolicy:
@@ -134,7 +222,36 @@ def _policy_of(document: YamlDocument, value: Any, base: Path) -> SLOPolicy:
     return policy_from(YamlDocument(name=document.name, data=value, lines=inner), known_levels=KNOWN_LEVELS)
 
 
-def _contradictions(document: YamlDocument, config: ServeConfig) -> list[str]:
+def _tenants_by_key(document: YamlDocument, value: Any) -> dict[str, str]:
+    """Every form of `api_keys` as a mapping; "": no tenant. Keys are secrets: no message repeats one."""
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list | dict):
+        reason = "`api_keys` is a key, a list of keys, or a mapping from keys to tenants"
+        raise ConfigError([f"{document.at(('api_keys',))}: {reason}"])
+    tenants: dict[str, str] = {}
+    problems: list[str] = []
+    entries = value.items() if isinstance(value, dict) else ((key, None) for key in value)
+    for i, (key, tenant) in enumerate(entries):
+        at = document.at(("api_keys", key if isinstance(value, dict) else i))
+        if not isinstance(key, str):
+            problems.append(f"{at}: entry {i + 1} of `api_keys` is no text; put it in quotes")
+        elif not key.strip():
+            problems.append(f"{at}: an entry of `api_keys` is empty; leave it out to serve without a key")
+        elif key.strip() in tenants:
+            problems.append(f"{at}: entry {i + 1} of `api_keys` is listed twice; leave one out")
+        elif tenant is not None and not (isinstance(tenant, str) and re.fullmatch(TENANT_NAME, tenant)):
+            problems.append(
+                f"{at}: entry {i + 1} of `api_keys` names no tenant: {TENANT_NAME_RULE}; nothing: no tenant"
+            )
+        else:
+            tenants[key.strip()] = tenant or ""
+    if problems:
+        raise ConfigError(problems)
+    return tenants
+
+
+def _contradictions(document: YamlDocument, config: ServeFile) -> list[str]:
     problems: list[str] = []
     if config.kv_blocks is not None and config.kv_memory is not None:
         problems.append(f"{document.at(('kv_memory',))}: `kv_memory` and `kv_blocks` set the same thing; keep one")
@@ -143,11 +260,5 @@ def _contradictions(document: YamlDocument, config: ServeConfig) -> list[str]:
         if listed > count:
             at = document.at(("link", role))
             problems.append(f"{at}: `link.{role}` lists {listed} workers but `num_{role}` is {count}")
-    if any(not key.strip() for key in config.api_keys):
-        problems.append(
-            f"{document.at(('api_keys',))}: an entry of `api_keys` is empty; leave it out to serve without a key"
-        )
-    if config.num_prefill == 0 and not config.policy.allow_recompute:
-        at = document.at(("num_prefill",))
-        problems.append(f"{at}: without prefill workers all is recomputed, but the policy says `recompute: never`")
-    return problems
+    reasons = why_unservable(config.policy, levels=config.policy.levels, num_prefill=config.num_prefill)
+    return problems + [f"{document.at(('num_prefill',))}: {reason}" for reason in reasons]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeVar
@@ -23,6 +23,7 @@ from cluster.completion import Done, run_request
 from cluster.detokenize import OutputText, Piece
 from cluster.http_shell import (
     ID_KEY,
+    TENANT_KEY,
     ClientGone,
     EventStream,
     FrontDoor,
@@ -34,6 +35,7 @@ from cluster.http_shell import (
     to_json,
     unless_client_leaves,
 )
+from cluster.kv_options import KVOptions
 from cluster.metrics import GatewayMetrics
 from cluster.openai_answers import AnswerFormat, ModelCard
 from cluster.openai_schema import (
@@ -42,11 +44,12 @@ from cluster.openai_schema import (
     ChatBody,
     CompletionBody,
     GenerationBody,
-    KVOptions,
     TokenizeBody,
     check_kv_options,
+    milliseconds_header,
     parse_body,
     resolve_max_tokens,
+    tenants_salt,
 )
 from decode.requests import GenerationRequest
 
@@ -72,11 +75,12 @@ def create_app(
     tokenizer: Tokenizer,
     levels: Sequence[str],
     eos_token_ids: Collection[int] = (),
-    api_keys: Sequence[str] = (),
+    api_keys: Mapping[str, str] | None = None,
     max_body_bytes: int = 8 * 2**20,
     stall_s: float = 60.0,
 ) -> FastAPI:
-    """The app, ready for uvicorn. `levels`: the codec's, best first; the first model is the default."""
+    """The app, ready for uvicorn. `levels`: the codec's, best first; the first model is the default. `api_keys`: by
+    key, the tenant that it stands for, or ""; without any, no key is asked for."""
     gateway = Gateway(
         backend,
         models=models,
@@ -104,7 +108,7 @@ def create_app(
     app.add_exception_handler(HTTPException, on_http_error)
     app.add_exception_handler(ClientGone, on_client_gone)
     app.add_exception_handler(Exception, on_unexpected)
-    app.add_middleware(FrontDoor, api_keys=api_keys, max_body_bytes=max_body_bytes)
+    app.add_middleware(FrontDoor, api_keys=api_keys or {}, max_body_bytes=max_body_bytes)
     return app
 
 
@@ -202,7 +206,12 @@ class Gateway:
     ) -> GenerationRequest:
         options = body.kv or KVOptions()
         check_kv_options(options, self._levels)
-        ttft_ms = options.ttft_ms if options.ttft_ms is not None else _ttft_header(request)
+        # The body wins over the headers, which are checked all the same.
+        ttft_ms = milliseconds_header(request.headers, "x-slo-ttft-ms")
+        ttft_ms = ttft_ms if options.ttft_ms is None else options.ttft_ms
+        itl_ms = milliseconds_header(request.headers, "x-slo-tpot-ms", may_be_zero=False)
+        itl_ms = itl_ms if options.itl_ms is None else options.itl_ms
+        tenant = request.scope.get(TENANT_KEY, "")
         request_id = body.request_id if body.request_id is not None else request.scope[ID_KEY]
         if not REQUEST_ID.fullmatch(request_id):
             message = "request_id: 1 to 128 letters, digits, dots, colons, dashes or underscores"
@@ -220,7 +229,10 @@ class Gateway:
             kv_mode=options.mode,
             ttft_s=None if ttft_ms is None else ttft_ms / 1000,
             floor=options.floor,
-            cache_salt=body.cache_salt or "",
+            cache_salt=tenants_salt(tenant, body.cache_salt or ""),
+            tenant=tenant,
+            itl_s=None if itl_ms is None else itl_ms / 1000,
+            plan=None if options.plan is None else options.plan.model_dump(),
         )
 
     # -- the rest--
@@ -318,24 +330,6 @@ async def _stream(
         metrics.failure.labels(status=str(error.status)).inc()
         yield sse(error.body())
     yield sse(b"[DONE]")
-
-
-def _ttft_header(request: Request) -> float | None:
-    value = request.headers.get("x-slo-ttft-ms")
-    if value is None:
-        return None
-    try:
-        ttft_ms = float(value)
-    except ValueError:
-        ttft_ms = -1.0
-    if not 0 <= ttft_ms <= 3_600_000:
-        raise APIError(
-            400,
-            f"x-slo-ttft-ms: {value!r} is no number of milliseconds",
-            code="invalid_value",
-            param="x-slo-ttft-ms",
-        )
-    return ttft_ms
 
 
 def _json(value: Any, *, status: int = 200) -> Response:

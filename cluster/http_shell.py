@@ -8,7 +8,7 @@ import json
 import logging
 import re
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from typing import Any, TypeVar
 
 from starlette.exceptions import HTTPException
@@ -21,6 +21,7 @@ from cluster.openai_schema import REQUEST_ID, APIError
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 ID_KEY = "kvstream.request_id"  # in the ASGI scope; an endpoint may replace it
+TENANT_KEY = "kvstream.tenant"  # in the ASGI scope: whose key the request came with
 
 
 class ClientGone(Exception):
@@ -39,11 +40,11 @@ def error_response(error: APIError) -> Response:
 
 
 class FrontDoor:
-    """Middleware: checks the key, bounds the body, gives every request an id and echoes it."""
+    """Middleware: checks the key, knows by it the tenant, bounds the body, gives every request an id and echoes it."""
 
-    def __init__(self, app: ASGIApp, *, api_keys: Sequence[str], max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, api_keys: Mapping[str, str], max_body_bytes: int) -> None:
         self._app = app
-        self._keys = [key.encode() for key in api_keys]
+        self._tenants = {key.encode(): tenant for key, tenant in api_keys.items()}
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -59,24 +60,27 @@ class FrontDoor:
                 message["headers"] = [*message["headers"], (b"x-request-id", scope[ID_KEY].encode())]
             await send(message)
 
-        refusal = self._refusal(scope["path"], headers)
+        refusal = self._too_large() if self._says_too_large(headers) else None
+        if self._tenants and scope["path"] != "/health":
+            tenant = self._tenant(headers)
+            if tenant is None:
+                message = "a valid API key is needed: send `Authorization: Bearer KEY`"
+                refusal = APIError(401, message, code="invalid_api_key")
+            scope[TENANT_KEY] = tenant
         if refusal is not None:
             await error_response(refusal)(scope, receive, send_with_id)
             return
         await self._app(scope, self._bounded(receive), send_with_id)
 
-    def _refusal(self, path: str, headers: dict[bytes, bytes]) -> APIError | None:
-        if self._keys and path != "/health":
-            scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-            allowed = [hmac.compare_digest(key.strip(), ours) for ours in self._keys]
-            if scheme.lower() != b"bearer" or not any(allowed):
-                return APIError(
-                    401, "a valid API key is needed: send `Authorization: Bearer KEY`", code="invalid_api_key"
-                )
+    def _tenant(self, headers: dict[bytes, bytes]) -> str | None:
+        """Whose key was sent; None: nobody's. Every key is compared, so that the time taken tells nothing."""
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        allowed = [tenant for ours, tenant in self._tenants.items() if hmac.compare_digest(key.strip(), ours)]
+        return allowed[0] if allowed and scheme.lower() == b"bearer" else None
+
+    def _says_too_large(self, headers: dict[bytes, bytes]) -> bool:
         length = headers.get(b"content-length", b"")
-        if re.fullmatch(rb"\d{1,18}", length) and int(length) > self._max_body_bytes:
-            return self._too_large()
-        return None
+        return bool(re.fullmatch(rb"\d{1,18}", length)) and int(length) > self._max_body_bytes
 
     def _too_large(self) -> APIError:
         return APIError(413, f"the body is larger than {self._max_body_bytes} bytes", code="body_too_large")

@@ -11,8 +11,9 @@ import logging
 import os
 import signal
 import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,20 @@ from rich.console import Console
 
 from cluster.actors import CONTROLLER, Controller, GatewayActor, WorkerActor
 from cluster.config import ServeConfig, StartRefused, WorkerLink
-from cluster.routing import Role
+from cluster.policy import why_unservable
+from cluster.policy_reload import PolicyKeeper
+from cluster.routing import Role, WorkerInfo
+from decode.slo import SLOPolicy
 from prefill.runtime import limit_threads
 from transport.curve import CurveKeys, is_loopback
+
+log = logging.getLogger("kvstream.launch")
 
 NAMESPACE = "kvstream"
 START_TIMEOUT_S = 180.0
 GATEWAY_CHECK_S = 5.0
+POLICY_LOOK_S = 1.0
+CALL_TIMEOUT_S = 5.0
 OBJECT_STORE_BYTES = 80 << 20  # Ray's least; nothing of ours goes through it
 ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -47,6 +55,7 @@ class RunningCluster:
     controller: Any
     gateway: Any
     workers: dict[str, Any] = field(default_factory=dict)  # id -> actor handle
+    levels: tuple[str, ...] = ()  # of the model's codec profile
 
 
 @contextlib.contextmanager
@@ -75,8 +84,14 @@ def serve(config: ServeConfig) -> None:
         )
         if not config.api_keys and not is_loopback(f"tcp://{config.host}:{config.port}"):
             console.print("[yellow]anyone who can reach this address may use it: set api_keys or --api-key[/yellow]")
-        while not stopped.wait(GATEWAY_CHECK_S):
-            _check_gateway(cluster)
+        keeper = policy_keeper(config, cluster, say=lambda line: console.print(line, markup=False))
+        checked_at = time.monotonic()
+        while not stopped.wait(POLICY_LOOK_S):
+            if keeper is not None:
+                keeper.tick(time.monotonic())
+            if time.monotonic() - checked_at >= GATEWAY_CHECK_S:
+                _check_gateway(cluster)
+                checked_at = time.monotonic()
     finally:
         context.__exit__(None, None, None)
 
@@ -87,6 +102,31 @@ def _check_gateway(cluster: RunningCluster) -> None:
         ray.get(cluster.gateway.ping.remote(), timeout=60)
     except ray.exceptions.RayError as error:
         raise StartRefused(f"the gateway has ended: {_cause(error)}; start the server again") from error
+
+
+def policy_keeper(config: ServeConfig, cluster: RunningCluster, *, say: Callable[[str], None]) -> PolicyKeeper | None:
+    """Brings changes of the policy's file to the decode workers; None: the policy has no file of its own."""
+    if config.policy_file is None:
+        return None
+
+    def table() -> list[WorkerInfo]:
+        try:
+            _, infos = ray.get(cluster.controller.table.remote(), timeout=CALL_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            log.warning("the controller does not answer: %s", _cause(error))
+            return []  # the next tick is another chance
+        return [WorkerInfo.from_wire(info) for info in infos]
+
+    def tell(worker_id: str, number: int, policy: SLOPolicy) -> None:
+        try:
+            ray.get(cluster.workers[worker_id].set_policy.remote(number, policy), timeout=CALL_TIMEOUT_S)
+        except ray.exceptions.RayError as error:
+            say(f"{worker_id} has not taken policy {number} yet: {_cause(error)}")
+
+    def why_not(policy: SLOPolicy) -> list[str]:
+        return why_unservable(policy, levels=cluster.levels, num_prefill=config.num_prefill)
+
+    return PolicyKeeper(config.policy_file, config.policy, why_not=why_not, say=say, table=table, tell=tell)
 
 
 def _connect(config: ServeConfig) -> None:
@@ -174,14 +214,20 @@ def _start(config: ServeConfig) -> RunningCluster:
         )
     )
     model = _wait_until_ready(workers)
-    _check_policy(config, model["levels"])
+    if reasons := why_unservable(config.policy, levels=model["levels"], num_prefill=config.num_prefill):
+        raise StartRefused("; ".join(reasons))
     try:
         port = ray.get(gateway.start.remote(model, len(workers), START_TIMEOUT_S), timeout=START_TIMEOUT_S)
     except ray.exceptions.RayError as error:
         raise StartRefused(f"the gateway could not start on {config.host}:{config.port}: {_cause(error)}") from error
     host = f"[{config.host}]" if ":" in config.host else config.host
     return RunningCluster(
-        base_url=f"http://{host}:{port}", model_name=name, controller=controller, gateway=gateway, workers=workers
+        base_url=f"http://{host}:{port}",
+        model_name=name,
+        controller=controller,
+        gateway=gateway,
+        workers=workers,
+        levels=tuple(model["levels"]),
     )
 
 
@@ -248,14 +294,6 @@ def _wait_until_ready(workers: dict[str, Any]) -> dict[str, Any]:
         if model.get("refused") is not None:
             raise StartRefused(f"{worker_id} could not start: {model['refused']}")
     return model
-
-
-def _check_policy(config: ServeConfig, levels: tuple[str, ...]) -> None:
-    if not set(config.policy.allowed_levels()) & set(levels):
-        raise StartRefused(
-            f"the policy allows {', '.join(config.policy.allowed_levels())}, and this model's codec profile has "
-            f"{', '.join(levels)}: change `levels` or `floor`"
-        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,13 +6,15 @@ ignored, as OpenAI's clients expect; inside `kv`, which is ours, unknown keys ar
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
+from cluster.kv_options import KVOptions
 from decode.requests import SamplingParams
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}")
@@ -84,20 +86,16 @@ class APIError(Exception):
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
-class KVOptions(BaseModel):
-    """`kv`: how the prompt's KV is to be had, for this request. None leaves it to the policy."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-    mode: str = "auto"
-    floor: str | None = None
-    ttft_ms: Annotated[float, Field(ge=0, le=3_600_000, allow_inf_nan=False)] | None = None
-
-
 class StreamOptions(BaseModel):
     model_config = ConfigDict(strict=True)
 
     include_usage: bool = False
+
+
+def _without_nul(text: str) -> str:
+    if "\0" in text:  # it parts a tenant from the salt: nobody may write himself into another one's store
+        raise ValueError("must not hold the character U+0000")
+    return text
 
 
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
@@ -121,7 +119,7 @@ class GenerationBody(BaseModel):
     stream_options: StreamOptions | None = None
     ignore_eos: bool = False
     return_token_ids: bool | None = None
-    cache_salt: Annotated[str, Field(max_length=256)] | None = None
+    cache_salt: Annotated[str, Field(max_length=256), AfterValidator(_without_nul)] | None = None
     request_id: str | None = None
     kv: KVOptions | None = None
 
@@ -232,7 +230,11 @@ def parse_body(raw: bytes, schema: type[B]) -> B:
         item = error.errors(include_url=False, include_input=False)[0]
         # unions put the names of their branches ("str", "list[int]") into the path
         steps = [str(step) for step in item["loc"] if re.fullmatch(r"(?!str$)[a-z0-9_]+", str(step))]
-        message = _UNIONS.get(steps[-1], item["msg"]) if item["type"] != "missing" else "is missing"
+        message = (
+            _UNIONS.get(steps[-1], item["msg"].removeprefix("Value error, "))
+            if item["type"] != "missing"
+            else "is missing"
+        )
         field = ".".join(steps)
         raise APIError(400, f"{field}: {message}", code="invalid_value", param=field) from None
 
@@ -248,13 +250,50 @@ def refuse_unsupported(data: dict[str, Any]) -> None:
 
 
 def check_kv_options(options: KVOptions, levels: Sequence[str]) -> None:
-    """Raises APIError 400 naming the levels there are."""
-    if options.mode not in ("auto", "text", *levels):
-        known = ", ".join(("auto", "text", *levels))
-        raise APIError(400, f"unknown KV mode {options.mode!r}; one of {known}", code="unknown_level", param="kv.mode")
-    if options.floor is not None and options.floor not in levels:
-        known = ", ".join(levels)
-        raise APIError(400, f"unknown level {options.floor!r}; one of {known}", code="unknown_level", param="kv.floor")
+    """Raises APIError 400 naming the levels there are, or what contradicts what."""
+
+    def known(value: str, allowed: Sequence[str], param: str, what: str = "level") -> None:
+        if value not in allowed:
+            message = f"unknown {what} {value!r}; one of {', '.join(allowed)}"
+            raise APIError(400, message, code="unknown_level", param=param)
+
+    known(options.mode, ("auto", "text", *levels), "kv.mode", "KV mode")
+    if options.floor is not None:
+        known(options.floor, levels, "kv.floor")
+    plan = options.plan
+    if plan is None:
+        return
+    for name, given in (("mode", options.mode != "auto"), ("floor", options.floor is not None)):
+        if given:
+            message = f"kv.plan says the level of every chunk, and kv.{name} says another; leave one out"
+            raise APIError(400, message, code="invalid_value", param="kv.plan")
+    for i, level in enumerate(plan.levels):
+        known(level, ("text", *levels), f"kv.plan.levels.{i}")
+    for i, refinement in enumerate(plan.refinements):
+        known(refinement.level, levels, f"kv.plan.refinements.{i}.level")
+        if refinement.chunk >= len(plan.levels):
+            param = f"kv.plan.refinements.{i}.chunk"
+            message = f"{param}: there is no chunk {refinement.chunk} among the plan's {len(plan.levels)} levels"
+            raise APIError(400, message, code="invalid_value", param=param)
+
+
+def milliseconds_header(headers: Mapping[str, str], name: str, *, may_be_zero: bool = True) -> float | None:
+    """A header's number of milliseconds; None if it is not there. Raises APIError 400 naming it."""
+    value = headers.get(name)
+    if value is None:
+        return None
+    try:
+        milliseconds = float(value)
+    except ValueError:
+        milliseconds = math.nan
+    if not 0 <= milliseconds <= 3_600_000 or (milliseconds == 0 and not may_be_zero):
+        raise APIError(400, f"{name}: {value!r} is no number of milliseconds", code="invalid_value", param=name)
+    return milliseconds
+
+
+def tenants_salt(tenant: str, salt: str) -> str:
+    """The salt under which a tenant's chunks are stored. Neither part has a NUL, so no two pairs make the same one."""
+    return f"{tenant}\0{salt}" if tenant else salt
 
 
 def resolve_max_tokens(wanted: int | None, *, prompt_tokens: int, max_context: int, default: int | None) -> int:

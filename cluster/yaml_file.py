@@ -98,6 +98,8 @@ def _plain(
     values: dict[str, Any] = {}
     for key_node, value_node in node.value:
         key = str(loader.construct_object(key_node))
+        if isinstance(key_node, yaml.ScalarNode):
+            key = str(key_node.value)  # as written: a name such as 007 or `on` is no number and no truth value
         line = key_node.start_mark.line + 1
         if key in values:
             problems.append(f"{name}:{line}: key `{key}` is already given on line {lines[(*where, key)]}")
@@ -116,22 +118,31 @@ def check(document: YamlDocument, model: type[M]) -> M:
 
 
 def _problem(document: YamlDocument, model: type[BaseModel], item: dict[str, Any]) -> str:
-    # pydantic adds the tags of unions to its paths; what the document does not have is such a tag.
-    where: Where = ()
-    for step in item["loc"]:
-        if (*where, step) in document.lines:
-            where = (*where, step)
+    where = _steps_in(document.data, item["loc"])
     if item["type"] == "extra_forbidden":
         known = _known_keys(model, where[:-1])
         hint = did_you_mean(str(where[-1]), known) or f"; known keys: {', '.join(known)}"
         return f"{document.at(where)}: unknown key `{where[-1]}`{hint}"
-    shown = ".".join(str(step) for step in item["loc"])
+    shown = ".".join(str(step) for step in where)
     if item["type"] == "missing":
-        return f"{document.at(where)}: key `{shown}` is missing"
+        missing = ".".join(str(step) for step in (*where, item["loc"][-1]))
+        return f"{document.at(where)}: key `{missing}` is missing"
+    if item["type"] in ("model_type", "dict_type"):
+        return f"{document.at(where)}: `{shown}`: expected `key: value` lines (got {item['input']!r})"
     message = item["msg"].removeprefix("Value error, ")
     came = item.get("input")
     tail = f" (got {came!r})" if item["type"] != "value_error" and not isinstance(came, dict) else ""
     return f"{document.at(where)}: `{shown}`: {message}{tail}" if shown else f"{document.at(where)}: {message}"
+
+
+def _steps_in(data: Any, loc: Where) -> Where:
+    """The steps that lead somewhere: pydantic adds tags of unions and of keys to its paths."""
+    where: Where = ()
+    for step in loc:
+        inside = data if isinstance(data, dict) else range(len(data)) if isinstance(data, list | tuple) else ()
+        if step in inside:
+            where, data = (*where, step), data[step]
+    return where
 
 
 def _known_keys(model: type[BaseModel], where: Where) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -88,6 +89,23 @@ def test_help_does_not_wait_for_torch() -> None:
     code = "import sys, scripts.cli; print({'torch', 'ray', 'fastapi', 'transformers'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"
+
+
+@pytest.mark.parametrize(
+    ("args", "key"), [(["schema"], "ttft_ms"), (["schema", "policy"], "ttft_ms"), (["schema", "serve"], "num_decode")]
+)
+def test_schema_prints_json(args: Sequence[str], key: str) -> None:
+    done = CliRunner().invoke(app, list(args))
+    assert done.exit_code == 0
+    assert key in json.loads(done.output)["properties"]
+    assert "'policy', 'serve'" in refused("schema", "polcy")
+
+
+def test_schema_does_not_wait_for_torch() -> None:
+    code = (
+        "import sys, scripts.cli as c; c.schema(c.SchemaOf.SERVE); sys.exit(bool({'torch', 'ray'} & set(sys.modules)))"
+    )
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True)
 
 
 def test_version() -> None:

@@ -13,6 +13,7 @@ import pytest
 from fake_backend import MAX_CONTEXT, FakeBackend, make_app, serving
 
 from cluster.http_shell import EventStream
+from decode.requests import GenerationRequest
 
 WAIT_S = 10.0
 
@@ -113,6 +114,35 @@ def test_the_target_may_come_in_a_header(client: httpx.Client, backend: FakeBack
     assert (backend.requests[-1].ttft_s, backend.requests[-1].request_id) == (0.08, "from-header")
     bad = client.post("/v1/completions", json={"prompt": "hi"}, headers={"x-slo-ttft-ms": "soon"})
     assert_error(bad, 400, "invalid_value")
+
+
+def test_the_gap_between_tokens_too_and_the_body_wins(client: httpx.Client, backend: FakeBackend) -> None:
+    headers = {"x-slo-ttft-ms": "80", "x-slo-tpot-ms": "12.5"}
+
+    def ask(kv: dict[str, Any], **more: str) -> httpx.Response:
+        return client.post("/v1/completions", json={"prompt": "hi", "kv": kv}, headers={**headers, **more})
+
+    assert ask({}).status_code == 200
+    assert (backend.requests[-1].ttft_s, backend.requests[-1].itl_s) == (0.08, 0.0125)
+    assert ask({"ttft_ms": 0, "itl_ms": 20}).status_code == 200
+    assert (backend.requests[-1].ttft_s, backend.requests[-1].itl_s) == (0.0, 0.02)
+    for bad in ("0", "fast"):
+        response = ask({"itl_ms": 20}, **{"x-slo-tpot-ms": bad})
+        assert_error(response, 400, "invalid_value")
+        assert response.json()["error"]["param"] == "x-slo-tpot-ms"
+    assert completions(client).status_code == 200
+    assert (backend.requests[-1].ttft_s, backend.requests[-1].itl_s) == (None, None)
+
+
+def test_a_plan_reaches_the_backend_as_it_came(client: httpx.Client, backend: FakeBackend) -> None:
+    refinements = [{"chunk": 0, "level": "q1", "after_tokens": 4}]
+    plan = {"chunk_tokens": 256, "levels": ["q2", "text"], "refinements": refinements}
+    assert completions(client, kv={"plan": plan}).status_code == 200
+    request = backend.requests[-1]
+    assert (request.plan, request.kv_mode, request.floor) == (plan, "auto", None)
+    assert GenerationRequest.from_wire(request.to_wire()) == request
+    assert_error(completions(client, kv={"plan": {**plan, "levels": ["q7", "q1"]}}), 400, "unknown_level")
+    assert_error(completions(client, kv={"plan": plan, "mode": "text"}), 400, "invalid_value")
 
 
 def test_receipts_can_be_asked_for_later(client: httpx.Client) -> None:
@@ -218,13 +248,38 @@ def test_a_client_that_takes_nothing_is_dropped() -> None:
 
 
 def test_the_key_guards_every_path_but_health(backend: FakeBackend) -> None:
-    with serving(make_app(backend, api_keys=["one", "two"])) as url, httpx.Client(base_url=url) as client:
+    with serving(make_app(backend, api_keys={"one": "", "two": "bob"})) as url, httpx.Client(base_url=url) as client:
         for path in ("/v1/models", "/metrics", "/version", "/openapi.json", "/nothing"):
             assert_error(client.get(path), 401, "invalid_api_key")
         for value in ("Bearer three", "one", "Basic one", "Bearer"):
             assert client.get("/v1/models", headers={"authorization": value}).status_code == 401
         assert client.get("/v1/models", headers={"authorization": "Bearer two"}).status_code == 200
         assert client.get("/health").status_code == 200
+
+
+def test_the_key_says_whose_request_it_is(backend: FakeBackend) -> None:
+    keys = {"one": "alice", "two": "bob", "three": "alice", "four": ""}
+    with serving(make_app(backend, api_keys=keys)) as url, httpx.Client(base_url=url) as client:
+
+        def ask(key: str, **fields: Any) -> tuple[str, str]:
+            body = {"prompt": "hi", "max_tokens": 2, "tenant": "mallory", **fields}
+            headers = {"authorization": f"Bearer {key}", "x-tenant": "mallory"}
+            response = client.post("/v1/completions", json=body, headers=headers)
+            assert response.status_code == 200, response.text
+            return backend.requests[-1].tenant, backend.requests[-1].cache_salt
+
+        assert ask("one") == ask("three") == ("alice", "alice\0")
+        assert ask("one", cache_salt="doc") == ("alice", "alice\0doc")
+        assert ask("two", cache_salt="doc") == ("bob", "bob\0doc")
+        assert ask("four", cache_salt="doc") == ("", "doc")
+        forged = {"prompt": "hi", "cache_salt": "alice\0doc"}
+        response = client.post("/v1/completions", json=forged, headers={"authorization": "Bearer four"})
+        assert "cache_salt" in assert_error(response, 400, "invalid_value")
+
+
+def test_without_keys_there_are_no_tenants(client: httpx.Client, backend: FakeBackend) -> None:
+    client.post("/v1/completions", json={"prompt": "hi"}, headers={"authorization": "Bearer alice"})
+    assert (backend.requests[-1].tenant, backend.requests[-1].cache_salt) == ("", "")
 
 
 def test_health_models_version_tokenize(client: httpx.Client, backend: FakeBackend) -> None:

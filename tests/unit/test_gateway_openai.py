@@ -18,7 +18,7 @@ def backend() -> FakeBackend:
 
 @pytest.fixture(scope="module")
 def client(backend: FakeBackend) -> Iterator[openai.OpenAI]:
-    with serving(make_app(backend, api_keys=["key"])) as url:
+    with serving(make_app(backend, api_keys={"key": ""})) as url:
         yield openai.OpenAI(base_url=f"{url}/v1", api_key="key", max_retries=0, timeout=10)
 
 

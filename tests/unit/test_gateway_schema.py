@@ -9,20 +9,29 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from cluster.kv_options import MAX_PLAN_LEVELS, MAX_PLAN_REFINEMENTS, KVOptions, KVPlan
 from cluster.metrics import GatewayMetrics, receipt_levels
 from cluster.openai_schema import (
     APIError,
     ChatBody,
     CompletionBody,
-    KVOptions,
     check_kv_options,
+    milliseconds_header,
     parse_body,
     resolve_max_tokens,
+    tenants_salt,
 )
 
 
 def completion(**fields: Any) -> CompletionBody:
     return parse_body(json.dumps({"prompt": "hi", **fields}).encode(), CompletionBody)
+
+
+REFINED = {"chunk": 0, "level": "q1", "after_tokens": 3}
+
+
+def plan(**fields: Any) -> dict[str, Any]:
+    return {"chunk_tokens": 256, "levels": ["q3", "text"], "refinements": [REFINED], **fields}
 
 
 def refused(body: bytes | dict[str, Any], schema: type[Any] = CompletionBody) -> APIError:
@@ -65,6 +74,23 @@ def test_what_is_no_json_object(raw: bytes) -> None:
         ({"stream": "yes"}, "stream"),
         ({"kv": {"mod": "q1"}}, "kv.mod"),
         ({"kv": {"ttft_ms": -1}}, "kv.ttft_ms"),
+        ({"kv": {"ttft_ms": "fast"}}, "kv.ttft_ms"),
+        ({"kv": {"itl_ms": 0}}, "kv.itl_ms"),
+        ({"kv": {"itl_ms": 4e6}}, "kv.itl_ms"),
+        ({"kv": {"plan": []}}, "kv.plan"),
+        ({"kv": {"plan": {"levels": []}}}, "kv.plan.chunk_tokens"),
+        ({"kv": {"plan": {"chunk_tokens": 0, "levels": []}}}, "kv.plan.chunk_tokens"),
+        ({"kv": {"plan": {"chunk_tokens": 256, "levels": [1]}}}, "kv.plan.levels.0"),
+        ({"kv": {"plan": plan(levels=["q1", None])}}, "kv.plan.levels.1"),
+        ({"kv": {"plan": plan(chunks=5)}}, "kv.plan.chunks"),
+        ({"kv": {"plan": plan(levels=["q1"] * (MAX_PLAN_LEVELS + 1))}}, "kv.plan.levels"),
+        ({"kv": {"plan": plan(refinements=[REFINED] * (MAX_PLAN_REFINEMENTS + 1))}}, "kv.plan.refinements"),
+        ({"kv": {"plan": plan(refinements=[{**REFINED, "chunk": -1}])}}, "kv.plan.refinements.0.chunk"),
+        ({"kv": {"plan": plan(refinements=[{**REFINED, "chunk": 0.5}])}}, "kv.plan.refinements.0.chunk"),
+        ({"kv": {"plan": plan(refinements=[{**REFINED, "after_tokens": 0}])}}, "kv.plan.refinements.0.after_tokens"),
+        ({"kv": {"plan": plan(refinements=[{**REFINED, "why": 1}])}}, "kv.plan.refinements.0.why"),
+        ({"cache_salt": "alice\0doc"}, "cache_salt"),
+        ({"cache_salt": "x" * 257}, "cache_salt"),
         ({"n": 2}, "n"),
         ({"best_of": 3}, "best_of"),
         ({"echo": True}, "echo"),
@@ -135,6 +161,55 @@ def test_unknown_levels_are_answered_with_the_known_ones() -> None:
         check_kv_options(KVOptions(mode="q7"), levels)
     with pytest.raises(APIError, match="one of raw, q1"):
         check_kv_options(KVOptions(floor="text"), levels)
+
+
+def test_a_plan_is_followed_or_refused_by_field() -> None:
+    levels = ("raw", "q1", "q3")
+
+    def check(**options: Any) -> None:
+        check_kv_options(KVOptions(**options), levels)
+
+    check(plan=KVPlan(**plan()))
+    check(plan=KVPlan(chunk_tokens=256, levels=[]))  # of a prompt without a whole chunk
+    check(plan=KVPlan(**plan()), mode="auto", ttft_ms=5, itl_ms=5)
+    for wrong, param in (
+        (plan(levels=["q3", "q2"]), "kv.plan.levels.1"),
+        (plan(levels=["q3", "q3>q1"]), "kv.plan.levels.1"),
+        (plan(refinements=[REFINED, {**REFINED, "level": "text"}]), "kv.plan.refinements.1.level"),
+        (plan(refinements=[{**REFINED, "chunk": 2}]), "kv.plan.refinements.0.chunk"),
+    ):
+        with pytest.raises(APIError) as raised:
+            check(plan=KVPlan(**wrong))
+        assert (raised.value.status, raised.value.param) == (400, param)
+    for other in ({"mode": "q1"}, {"mode": "text"}, {"floor": "q1"}):
+        with pytest.raises(APIError, match="leave one out") as raised:
+            check(plan=KVPlan(**plan()), **other)
+        assert raised.value.param == "kv.plan"
+
+
+@pytest.mark.parametrize("value", ["", "soon", "-1", "nan", "inf", "3600001", "5 ms"])
+def test_headers_that_are_no_milliseconds(value: str) -> None:
+    with pytest.raises(APIError) as raised:
+        milliseconds_header({"x-slo-tpot-ms": value}, "x-slo-tpot-ms")
+    assert (raised.value.status, raised.value.param) == (400, "x-slo-tpot-ms")
+
+
+def test_headers_in_milliseconds() -> None:
+    assert milliseconds_header({}, "x-slo-ttft-ms") is None
+    assert milliseconds_header({"x-slo-ttft-ms": "0"}, "x-slo-ttft-ms") == 0
+    assert milliseconds_header({"x-slo-ttft-ms": "12.5"}, "x-slo-ttft-ms") == 12.5
+    with pytest.raises(APIError):
+        milliseconds_header({"x-slo-tpot-ms": "0"}, "x-slo-tpot-ms", may_be_zero=False)
+
+
+names = st.text("ab.", max_size=3)
+
+
+@given(names, names, names, names)
+def test_no_two_tenants_share_a_salt(tenant: str, salt: str, other: str, others_salt: str) -> None:
+    is_same = (tenant, salt) == (other, others_salt)
+    assert (tenants_salt(tenant, salt) == tenants_salt(other, others_salt)) == is_same
+    assert tenants_salt("", salt) == salt
 
 
 def test_the_token_limit() -> None:

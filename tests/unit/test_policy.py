@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from cluster.config import ServeConfig, load_config, parse_bytes
-from cluster.policy import KNOWN_LEVELS, load_policy, parse_policy
+from cluster.policy import KNOWN_LEVELS, load_policy, parse_policy, why_unservable
 from cluster.yaml_file import ConfigError
 from decode.slo import SLOPolicy
 
@@ -58,6 +59,32 @@ def test_zero_means_as_fast_as_possible() -> None:
         ("recompute: maybe\n", 1, "'allow' or 'never'"),
         ("ttft_ms: 1\nlevels: [raw\n", 3, "not valid YAML"),
         ("- ttft_ms\n", 1, "key: value"),
+        ("itl_ms: 5\nfloor:\n", 2, "nothing stands behind this key"),
+        ("itl_ms: 5\nceiling: q7\n", 2, "`ceiling: q7` is not one of `levels`"),
+        ("ceiling: q3\nitl_ms: 5\n", 1, "coarser than the floor `q2`"),
+        ("itl_ms: 5\nfloor: raw\nceiling: q1\n", 3, "coarser than the floor `raw`"),
+        ("itl_ms: 5\nrefine: q3\n", 2, "coarser than the floor `q2`"),
+        ("levels: [raw, q3]\nrefine: q1\n", 2, "`refine: q1` is not one of `levels` (raw, q3)"),
+        ("itl_ms: 5\nrefine: yes\n", 2, "name a level, or `off`"),
+        ("recompute:\n  max_share: 1.5\n", 2, "`recompute.max_share`"),
+        ("recompute:\n  max_shar: 1\n", 2, "did you mean `max_share`?"),
+        ("recompute: 0.5\n", 1, "'allow' or 'never'"),
+        ("recompute: never\ninfeasible: text\n", 2, "`recompute: never` forbids"),
+        ("ttft_ms: 0\ninfeasible: reject\n", 2, "`ttft_ms: 0` sets none"),
+        ("infeasible: none\n", 1, "'best_effort', 'reject' or 'text'"),
+        ("itl_ms: 5\nlink_prior_mbps: 0\n", 2, "`link_prior_mbps`"),
+        ("tenants:\n  a:\n    floor: q4\n", 3, "`floor: q4` is not one of `levels`"),
+        ("levels: [raw, q1]\ntenants:\n  a:\n    floor: q2\n", 4, "(raw, q1); name one of them"),
+        ("tenants:\n  a:\n    ceiling: q3\n", 3, "coarser than the floor `q2`"),
+        ("ceiling: q2\ntenants:\n  a:\n    floor: q1\n", 4, "coarser than the floor `q1`"),
+        ("tenants:\n  a:\n    floor: q1\n    refine: q2\n", 4, "coarser than the floor `q1`"),
+        ("infeasible: text\ntenants:\n  a:\n    recompute: never\n", 4, "`recompute: never` forbids"),
+        ("infeasible: reject\ntenants:\n  a: {itl_ms: 9}\n  b:\n    ttft_ms: 0\n", 5, "`ttft_ms: 0` sets none"),
+        ("tenants:\n  a:\n    levels: [q1]\n", 3, "unknown key `levels`"),
+        ("tenants:\n  a:\n    flor: q1\n", 3, "did you mean `floor`?"),
+        ("tenants:\n  a: {}\n  a b: {}\n", 3, "letters, digits"),
+        ("tenants:\n  a: fast\n", 2, "expected `key: value` lines"),
+        ("tenants:\n  a: {}\n  a: {}\n", 3, "already given on line 2"),
         ("a: &a [x]\nb: !!python/object:os.system 1\n", 2, "not valid YAML"),
     ],
 )
@@ -77,9 +104,99 @@ def test_a_missing_file_is_a_clear_error(tmp_path: Path) -> None:
         load_policy(tmp_path)
 
 
+def test_every_key_lands_in_its_field() -> None:
+    text = (
+        "levels: [lossless, q1, q2, q3]\nfloor: q3\nceiling: q1\nrefine: lossless\n"
+        "recompute: {max_share: 0.25}\ninfeasible: reject\nlink_prior_mbps: 50\n"
+    )
+    assert parse_policy(text) == SLOPolicy(
+        levels=("lossless", "q1", "q2", "q3"),
+        floor="q3",
+        ceiling="q1",
+        refine_to="lossless",
+        max_recompute_share=0.25,
+        infeasible="reject",
+        link_prior_bps=50e6,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "refine_to"),
+    [
+        ("", "q1"),
+        ("levels: [raw, q2, q3]", "q2"),
+        ("levels: [raw, lossless]", None),
+        ("floor: lossless", None),
+        ("refine: off", None),
+        ("refine: 'off'", None),
+        ("refine: raw", "raw"),
+        ("floor: q1", "q1"),
+        ("levels: [lossless, q2, q3]\nfloor: lossless", None),
+    ],
+)
+def test_what_chunks_are_refined_to(text: str, refine_to: str | None) -> None:
+    assert parse_policy(text).refine_to == refine_to
+
+
+def test_recompute_within_a_share_is_allowed_even_if_the_share_is_nothing() -> None:
+    policy = parse_policy("recompute: {max_share: 0}")
+    assert (policy.allow_recompute, policy.max_recompute_share) == (True, 0.0)
+    assert parse_policy("recompute: never").allow_recompute is False
+
+
+TENANTS = """
+floor: q2
+recompute: {max_share: 0.5}
+tenants:
+  gold: {ttft_ms: 100, floor: q1}
+  exact: {floor: lossless, recompute: allow}
+  007: {refine: off, itl_ms: 50, ceiling: q1, infeasible: text}
+  plain: {}
+"""
+
+
+def test_tenants_have_what_they_say_and_the_rest_from_the_policy() -> None:
+    policy = parse_policy(TENANTS)
+    gold, exact = policy.for_tenant("gold"), policy.for_tenant("exact")
+    assert (gold.ttft_s, gold.floor, gold.refine_to, gold.max_recompute_share) == (0.1, "q1", "q1", 0.5)
+    assert (exact.ttft_s, exact.max_recompute_share) == (0.5, 1.0)
+    assert exact.refine_to is None, "the policy's q1 is coarser than this tenant's floor"
+    bond = policy.for_tenant("007")
+    assert (bond.refine_to, bond.itl_s, bond.ceiling, bond.infeasible) == (None, 0.05, "q1", "text")
+    assert bond.allowed_levels() == ("q1", "q2")
+    for name in ("plain", "", "nobody"):
+        assert replace(policy.for_tenant(name), tenants={}) == replace(policy, tenants={})
+
+
+def test_a_policy_for_this_cluster() -> None:
+    policy = parse_policy("levels: [raw, q3]\ntenants: {a: {floor: raw}, b: {recompute: never}}")
+    assert why_unservable(policy, levels=["raw", "q3"], num_prefill=1) == []
+    (reason,) = why_unservable(policy, levels=["q3"], num_prefill=1)
+    assert "tenant `a`" in reason
+    (reason,) = why_unservable(policy, levels=["raw"], num_prefill=0)
+    assert "tenant `b`" in reason
+
+
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("policy-*.yaml")), ids=lambda p: p.name)
 def test_the_example_policies_are_valid(path: Path) -> None:
-    assert load_policy(path).floor in KNOWN_LEVELS
+    policy = load_policy(path)
+    for name in ("", *policy.tenants):
+        assert policy.for_tenant(name).allowed_levels()
+
+
+def test_the_chat_example_is_the_default_written_out_and_its_comments_are_valid_too() -> None:
+    path = EXAMPLES / "policy-chat.yaml"
+    assert load_policy(path) == SLOPolicy()
+    text = path.read_text()
+    for commented in ("ceiling:", "tenants:", "  gold:", "  free:"):
+        assert f"# {commented}" in text
+        text = text.replace(f"# {commented}", commented)
+    policy = parse_policy(text)
+    assert policy.ceiling == "lossless"
+    assert set(policy.tenants) == {"gold", "free"}
+
+
+# -- the serve file --------------------------------------------------------------------------------------------
 
 
 def test_the_example_serve_file_is_the_default_written_out() -> None:
@@ -96,7 +213,7 @@ def test_the_command_line_wins_over_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "port: 9000\nnum_decode: 3\napi_keys: secret\nkv_memory: 1.5GiB\n")
     config = load_config(path, port=9001, host=None)
     assert (config.port, config.num_decode, config.host) == (9001, 3, "127.0.0.1")
-    assert config.api_keys == ("secret",)
+    assert config.api_keys == {"secret": ""}
     assert config.kv_memory == 3 * 2**29
 
 
@@ -107,6 +224,40 @@ def test_a_policy_inline_in_a_file_and_on_the_command_line(tmp_path: Path) -> No
     path = write(tmp_path, "policy: fast.yaml\n")
     assert load_config(path).policy.ttft_s == 0
     assert load_config(path, policy=tmp_path / "slow.yaml").policy.ttft_s == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "by_key"),
+    [
+        ("api_keys: one", {"one": ""}),
+        ("api_keys: [one, two]", {"one": "", "two": ""}),
+        (
+            "api_keys:\n  one: gold\n  two:\n  0123: gold\n  on: x",
+            {"one": "gold", "two": "", "0123": "gold", "on": "x"},
+        ),
+        ("port: 1", {}),
+    ],
+)
+def test_keys_and_whose_they_are(tmp_path: Path, text: str, by_key: dict[str, str]) -> None:
+    assert load_config(write(tmp_path, text)).api_keys == by_key
+
+
+def test_a_key_on_the_command_line_takes_the_place_of_those_in_the_file(tmp_path: Path) -> None:
+    assert load_config(write(tmp_path, "api_keys: {a: gold}"), api_keys=["b"]).api_keys == {"b": ""}
+
+
+def test_no_message_repeats_a_key(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        load_config(write(tmp_path, "api_keys: {sk-secret: not a name}"))
+    assert "sk-secret" not in str(raised.value)
+
+
+def test_the_policys_file_is_remembered_where_it_has_one(tmp_path: Path) -> None:
+    (tmp_path / "p.yaml").write_text("ttft_ms: 0\n")
+    assert load_config(write(tmp_path, "policy: p.yaml\n")).policy_file == tmp_path / "p.yaml"
+    assert load_config(write(tmp_path, "policy: {ttft_ms: 5}\n")).policy_file is None
+    path = write(tmp_path, "policy: {ttft_ms: 5}\n")
+    assert load_config(path, policy=str(tmp_path / "p.yaml")).policy_file == tmp_path / "p.yaml"
 
 
 def test_links_of_single_workers(tmp_path: Path) -> None:
@@ -131,6 +282,13 @@ def test_links_of_single_workers(tmp_path: Path) -> None:
         ("port: 1\npolicy: none.yaml\n", 2, "does not exist"),
         ("policy: 7\n", 1, "`policy`"),
         ("api_keys: ['']\n", 1, "empty"),
+        ("api_keys:\n  - a\n  - 7\n", 3, "entry 2 of `api_keys` is no text; put it in quotes"),
+        ("api_keys:\n  - a\n  - a\n", 3, "listed twice"),
+        ("api_keys:\n  sk-a: gold\n  sk-b: the others\n", 3, "entry 2 of `api_keys` names no tenant"),
+        ("port: 1\napi_keys: 7\n", 2, "a list of keys, or a mapping from keys to tenants"),
+        ("num_prefill: 0\npolicy: {tenants: {a: {recompute: never}}}\n", 1, "of tenant `a`"),
+        ("policy_file: p.yaml\n", 1, "unknown key `policy_file`"),
+        ("policy:\n  tenants:\n    a:\n      floor: q9\n", 4, "not one of `levels`"),
         ("num_prefill: 0\npolicy: {recompute: never}\n", 1, "without prefill workers"),
         ("chunk_tokens: 100\n", 1, "multiple of 16"),
     ],
