@@ -142,11 +142,10 @@ class ClusterBackend:
             task.add_done_callback(self._closing.discard)
 
     async def _attempt(self, request: GenerationRequest, route: Route) -> AsyncIterator[GenerationEvent]:
-        source = None
-        if route.source is not None:
-            found = route.source
-            source = {"id": found.id, "endpoint": found.endpoint, "public_key": found.public_key}
-        body = {"kind": "generate", "request": request.to_wire(), "source": source}
+        sources = [
+            {"id": found.id, "endpoint": found.endpoint, "public_key": found.public_key} for found in route.sources
+        ]
+        body = {"kind": "generate", "request": request.to_wire(), "sources": sources}
         async with self._client(route.decode).submit(body) as stream:
             async for answer in stream:
                 if "refused" in answer:

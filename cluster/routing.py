@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 SUSPECT_S = 3.0  # silent for so long: nothing new is routed to the worker
+MAX_SOURCES = 2  # that a decode worker pulls one prompt from
 EXPIRED_S = 10.0  # silent for so long: forgotten; it may come back with a new report
 
 Role = Literal["prefill", "decode"]
@@ -72,10 +73,11 @@ def follow(last: Sequence[WorkerInfo], told: Sequence[WorkerInfo], *, controller
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Route:
-    """Where a request goes: `source` is None when the decode worker shall compute the prompt alone."""
+    """Where a request goes. sources: who may have its KV, the one that computes what is stored nowhere first; none
+    when the decode worker shall compute the prompt alone."""
 
     decode: WorkerInfo
-    source: WorkerInfo | None
+    sources: tuple[WorkerInfo, ...]
 
 
 def choose_route(
@@ -88,7 +90,8 @@ def choose_route(
     avoid: frozenset[str] = frozenset(),
 ) -> Route | None:
     """The decode worker with the fewest requests of this gateway in flight; the source that owns the prompt's first
-    chunk. None if no decode worker can be reached. `avoid`: incarnations that just failed."""
+    chunk, and the one that would own it without that one: it takes over when the first is lost, and may have what the
+    first has not. None if no decode worker can be reached. `avoid`: incarnations that just failed."""
     usable = [info for info in table if not info.is_suspect and info.incarnation not in avoid]
     decoders = [info for info in usable if info.role == "decode"]
     if not decoders:
@@ -96,12 +99,16 @@ def choose_route(
     decode = min(decoders, key=lambda info: in_flight.get(info.id, 0))
     sources = [info for info in usable if info.role == "prefill"]
     if not sources or len(token_ids) <= chunk_tokens:
-        return Route(decode=decode, source=None)
-    return Route(decode=decode, source=owner(sources, token_ids[:chunk_tokens], cache_salt))
+        return Route(decode=decode, sources=())
+    return Route(decode=decode, sources=owners(sources, token_ids[:chunk_tokens], cache_salt)[:MAX_SOURCES])
 
 
-def owner(sources: Sequence[WorkerInfo], first_chunk: Sequence[int], cache_salt: str) -> WorkerInfo:
-    """Rendezvous hashing (Thaler and Ravishankar, 1998): the same document goes to the same source, without an index,
-    and only the documents of a source that leaves move."""
+def owners(sources: Sequence[WorkerInfo], first_chunk: Sequence[int], cache_salt: str) -> tuple[WorkerInfo, ...]:
+    """All of them, in the order of their claim. Rendezvous hashing (Thaler and Ravishankar, 1998): the same document
+    goes to the same source, without an index, and only the documents of a source that leaves move."""
     key = array("I", first_chunk).tobytes() + b"\0" + cache_salt.encode()
-    return max(sources, key=lambda info: hashlib.blake2b(info.id.encode() + b"\0" + key, digest_size=8).digest())
+
+    def claim(info: WorkerInfo) -> bytes:
+        return hashlib.blake2b(info.id.encode() + b"\0" + key, digest_size=8).digest()
+
+    return tuple(sorted(sources, key=claim, reverse=True))

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from decode.fill import FillSpec
+from decode.fill_loading import FillSpec
+from decode.replay import BadPlan, read_replay
 from decode.requests import GenerationRequest, RequestRefused
 from decode.slo import SLOPolicy
 from prefill.chunks import num_loadable_chunks
@@ -15,7 +17,8 @@ AUTO, TEXT_ONLY = "auto", "text"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLimits:
-    """What one worker can hold. `chunk_bytes`: predicted bytes of one encoded chunk by level, for all known levels."""
+    """What one worker can hold. chunk_bytes: predicted bytes of one encoded chunk by level, for all known levels, best
+    first; nested: those of them that refine one another; exact: those that lose nothing."""
 
     max_context: int
     vocab_size: int
@@ -23,6 +26,8 @@ class WorkerLimits:
     block_tokens: int
     chunk_tokens: int
     chunk_bytes: Mapping[str, float]
+    nested: frozenset[str] = frozenset()
+    exact: frozenset[str] = frozenset()
 
 
 def check_request(request: GenerationRequest, limits: WorkerLimits) -> None:
@@ -69,42 +74,88 @@ def _at_least(floor: str | None, levels: tuple[str, ...]) -> tuple[str, ...]:
 def fill_orders(
     request: GenerationRequest, policy: SLOPolicy, limits: WorkerLimits, *, has_source: bool, now: float, tail_s: float
 ) -> FillSpec:
-    """How the prompt of a checked request is to be had. Raises RequestRefused: 503 if a level was asked for and there
-    is no source, 400 if the policy forbids both every level that the request's floor allows and computing from text."""
+    """How the prompt of a checked request is to be had. `policy`: the tenant's.
+
+    Raises RequestRefused: 503 if a level or a plan was asked for and there is no source, 400 if the plan does not fit,
+    or if the policy forbids both every level that the request's floor allows and computing from text.
+    """
     num_chunks = num_loadable_chunks(len(request.token_ids), limits.chunk_tokens)
-    ttft_s = policy.ttft_s if request.ttft_s is None else request.ttft_s
-    may_load, may_compute = has_source and num_chunks > 0, True
     known = tuple(limits.chunk_bytes)
+    orders = FillSpec(
+        num_chunks=num_chunks,
+        chunk_tokens=limits.chunk_tokens,
+        levels=known,
+        chunk_bytes=dict(limits.chunk_bytes),
+        nested=limits.nested,
+        exact=limits.exact,
+        deadline=now + (policy.ttft_s if request.ttft_s is None else request.ttft_s),
+        tail_s=tail_s,
+        may_load=has_source and num_chunks > 0,
+        infeasible=policy.infeasible,
+    )
+    if request.plan is not None:
+        return _given_orders(orders, request, policy, known)
+    if request.kv_mode == TEXT_ONLY:
+        return replace(orders, may_load=False)
+    if request.kv_mode != AUTO:
+        if not has_source and num_chunks > 0:
+            raise _no_source(f"Level {request.kv_mode!r} was asked for", "kv.mode")
+        return replace(orders, levels=(request.kv_mode,), may_compute=not orders.may_load, infeasible="best_effort")
+    if not orders.may_load:
+        return orders
     good_enough = _at_least(request.floor, known)  # the floor need not be one of the policy's levels
     levels = tuple(level for level in policy.allowed_levels() if level in good_enough)
-    if request.kv_mode == TEXT_ONLY:
-        may_load = False
-    elif request.kv_mode != AUTO:
-        if not has_source and num_chunks > 0:
-            raise RequestRefused(
-                f"Level {request.kv_mode!r} was asked for, but no prefill worker can be reached.",
-                status=503,
-                code="no_source",
-                param="kv.mode",
-            )
-        levels, may_compute = (request.kv_mode,), not may_load
-    elif may_load and not levels:
+    if not levels:
         if not policy.allow_recompute:
             raise RequestRefused(
                 f"The policy allows {', '.join(policy.allowed_levels())} and no computing from text; none of these is "
                 f"as good as the floor {request.floor!r}.",
                 param="kv.floor",
             )
-        may_load = False
-    else:
-        may_compute = policy.allow_recompute or not may_load
-    return FillSpec(
-        num_chunks=num_chunks,
-        chunk_tokens=limits.chunk_tokens,
-        levels=levels or known,  # without loading they are only names
-        chunk_bytes=dict(limits.chunk_bytes),
-        deadline=now + ttft_s,
-        tail_s=tail_s,
-        may_load=may_load,
-        may_compute=may_compute,
+        return replace(orders, may_load=False)
+    return replace(
+        orders,
+        levels=levels,
+        may_compute=policy.allow_recompute,
+        max_compute=_share_of(policy.max_recompute_share, num_chunks) if policy.max_recompute_share < 1 else None,
+        refine_levels=_refine_levels(policy, levels, known),
     )
+
+
+def _share_of(share: float, num_chunks: int) -> int:
+    """At most so many; 0.29 of 100 are 29, although the product is a bit less."""
+    return math.floor(share * num_chunks + 1e-9)
+
+
+def _refine_levels(policy: SLOPolicy, levels: tuple[str, ...], known: tuple[str, ...]) -> tuple[str, ...]:
+    """What chunks rise to after the first token, best first, down to the coarsest that they may have come at."""
+    if policy.refine_to not in known:
+        return ()
+    span = known[known.index(policy.refine_to) : known.index(levels[-1]) + 1]
+    return tuple(level for level in span if level in policy.levels or level == policy.refine_to)
+
+
+def _given_orders(orders: FillSpec, request: GenerationRequest, policy: SLOPolicy, known: tuple[str, ...]) -> FillSpec:
+    """Those of a plan that is to be followed. It may not go below the floor."""
+    assert request.plan is not None
+    try:
+        replay = read_replay(request.plan, num_chunks=orders.num_chunks, chunk_tokens=orders.chunk_tokens, known=known)
+    except BadPlan as error:
+        raise RequestRefused(f"The plan cannot be followed: {error}.", param="kv.plan") from None
+    # The profile need not have the floor itself: then the coarsest of the policy's levels above it that it has.
+    named = [level for level in policy.levels[: policy.levels.index(policy.floor) + 1] if level in known]
+    allowed = (*(_at_least(named[-1], known) if named else ()), TEXT_ONLY)
+    below = next((level for level in replay.levels if level not in allowed), None)
+    if below is not None:
+        raise RequestRefused(
+            f"The plan cannot be followed: it has chunks at {below}, and the policy's floor is {policy.floor}.",
+            param="kv.plan",
+        )
+    may_load = any(level != TEXT_ONLY for level in replay.levels)
+    if may_load and not orders.may_load:
+        raise _no_source("The plan loads chunks", "kv.plan")
+    return replace(orders, replay=replay, may_load=may_load, infeasible="best_effort")
+
+
+def _no_source(what: str, param: str) -> RequestRefused:
+    return RequestRefused(f"{what}, but no prefill worker can be reached.", status=503, code="no_source", param=param)

@@ -1,414 +1,456 @@
-"""Filling one prompt's pages: a pure machine that asks for chunks, has some computed, and says when all are there.
+"""One prompt's KV on its way into pages: the machine that carries out the controller's plans. Pure.
 
-`handle(event, now) -> [command]`. It owns no page, no socket and no clock. Chunks of a stored context are asked for
-from the back while the frontier (the first chunk not in place) is computed from the front; chunks of a live prefill
-come from the front. Events lead to a new plan (decode/plan.py); standing requests are amended when the plan's
-level changes.
-
-    MISSING -> ASKED -> DECODING -> FILLED          a chunk that is loaded
-       |         |
-       +---------+----> COMPUTING -> FILLED         a chunk computed at the frontier (a standing request is withdrawn)
+Chunks are loaded from the back while the worker computes from the front, in parallel, until they meet (two-ended fill).
+While the source itself still computes the prompt (live prefill), chunks are loaded from the front. What time is left
+before the deadline goes into refinements, and after the first token these go on as long as the link has room.
+decode/plan.py chooses levels and the meeting point, decode/refine.py the refinements, anew at every event.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from enum import Enum
+from collections.abc import Callable, Sequence
 
-from decode.estimator import CodecEstimator, ComputeEstimator, LinkEstimator
-from decode.fill_events import (
-    Ask,
-    BlobArrived,
-    BlobDecoded,
-    BlobRejected,
-    ChunkComputed,
-    Command,
-    Compute,
-    Decode,
-    Event,
-    Fail,
-    Opened,
-    PartArrived,
-    Ready,
-    SourceLost,
-    Tick,
-    Withdraw,
-)
-from decode.plan import REASK, Outlook, Plan, choose
+from decode import fill_events as ev
+from decode.estimator import CodecEstimator, ComputeEstimator
+from decode.fill_chunks import TEXT, ChunkLog, ChunkState, ChunkTable
+from decode.fill_loading import IDLE_ENGINE, EngineLoad, FillSpec, Loader
+from decode.fill_sources import OPEN_TIMEOUT_S, FillSource, SourceState
+from decode.fill_upgrades import Upgrades
+from decode.link_scheduler import Kind, LinkShare
+from decode.plan import Plan, choose
+from decode.refine import Ladder
 
-TEXT = "text"  # how a computed chunk is named among the levels
-
-# Chunks asked for ahead: at least two (one arriving, one standing, which can still be amended), and on fast links
-# as many as keep the link busy for this long, so that a request's round trip never leaves it idle.
-MIN_AHEAD = 2
-MAX_AHEAD = 16
-AHEAD_S = 0.03
-MAX_BAD_BLOBS = 3
-MAX_ASKED_LEVELS = 16  # of one chunk, kept for the receipt; an unsteady link may amend a request hundreds of times
+MAX_BAD_BLOBS = 3  # of one source
 # Parts come by the thousand on a fast link and change little; whole blobs and all else lead to a new plan at once.
 PLAN_EVERY_S = 0.005
-# The share of the time left that plans may use: predictions of the tail and of the link's end are off by a few percent.
-HOLD_BACK = 0.95
-# How much better than computing on here it must be to ask a live source again that was left.
-BACK_TO_LIVE = 1.25
-# How long a source may take to answer before the worker stops waiting for it and plans with text alone.
-OPEN_TIMEOUT_S = 10.0
-
-
-class ChunkState(Enum):
-    MISSING = "missing"
-    ASKED = "asked"
-    DECODING = "decoding"
-    COMPUTING = "computing"
-    FILLED = "filled"
-
-
-@dataclass(slots=True, kw_only=True)
-class ChunkLog:
-    """What happened to one chunk; times are seconds on the worker's clock. The receipt is made of these."""
-
-    state: ChunkState = ChunkState.MISSING
-    level: str = ""
-    asked_levels: list[str] = field(default_factory=list)
-    anew_level: str = ""  # of the last request that was no amendment
-    bytes: int = 0
-    bad_blobs: int = 0
-    asked_at: float | None = None
-    first_part_at: float | None = None
-    arrived_at: float | None = None
-    filled_at: float | None = None
-    compute_at: float | None = None
-    left_bytes: float = 0.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FillSpec:
-    """What one request asks of its fill. `levels`: allowed, best first. `deadline`: on the worker's clock."""
-
-    num_chunks: int
-    chunk_tokens: int
-    levels: tuple[str, ...]
-    chunk_bytes: dict[str, float]  # predicted size of one chunk, by level
-    deadline: float
-    tail_s: float  # predicted time from the last chunk to the first token
-    may_load: bool
-    may_compute: bool
+MAX_REASONS = 200
+LEAST_WAIT_S = 0.001  # what is left of the time for refinements then is too little for any
 
 
 class FillMachine:
-    """See the module's docstring. The estimators are the worker's, shared by all its requests."""
+    """See the module's docstring. The estimators are the worker's, shared by all its requests.
+
+    `ready`: all chunks are in place and the tail may run. `done`: nothing more will come. `wake_at`: when to be told
+    the time at the latest; None: whenever.
+    """
 
     def __init__(
         self,
         spec: FillSpec,
         *,
         now: float,
-        link: LinkEstimator,
+        sources: Sequence[LinkShare],
         compute: ComputeEstimator,
         codec: CodecEstimator,
+        load: Callable[[], EngineLoad] = lambda: IDLE_ENGINE,
     ) -> None:
-        assert spec.may_load or spec.may_compute
+        assert sources or spec.may_compute
         self.spec = spec
-        self.chunks = [ChunkLog() for _ in range(spec.num_chunks)]
+        self.sources = [FillSource(index=i, share=share, since=now) for i, share in enumerate(sources)]
+        self.table = ChunkTable(spec.num_chunks)
+        self.loader = Loader(spec, self.table, self.sources, compute=compute, codec=codec, now=now)
+        self.upgrades = Upgrades(self.table, self.sources)
         self.reasons: list[tuple[float, str]] = []
         self.plan: Plan | None = None
-        self.live = False
-        self.done = False
-        self.received_bytes = 0  # all that came over the link, also what was not used in the end
-        self.link = link
-        self._compute = compute
-        self._codec = codec
-        self._may_load = spec.may_load
-        self._opened = False
+        self.ready = self.done = False
+        self.received_bytes = 0  # all that came over the links, also what was not used in the end
+        self.num_decisions = 0
+        self.wake_at: float | None = None
+        self._codec, self._load = codec, load
         self._planned_at = now
-        self._started_at = now
-        self._moved_at: float | None = None  # when the link last gave something, or was first asked; None when idle
-        self._chunk_bytes = dict(spec.chunk_bytes)
 
     @property
-    def lost_source(self) -> bool:
-        """Whether a source was given up: nothing that still comes from it will be used."""
-        return self.spec.may_load and not self._may_load
+    def chunks(self) -> list[ChunkLog]:
+        return self.table.logs
 
-    def start(self, now: float) -> list[Command]:
+    @property
+    def live(self) -> bool:
+        return self.loader.live
+
+    def start(self, now: float) -> list[ev.Command]:
         """The first commands. A fill that may load waits for `Opened` unless computing is the plan anyway."""
-        return self._replan(now)
+        return [*(ev.Open(source=source.index) for source in self.sources), *self._replan(now)]
 
-    def handle(self, event: Event, now: float) -> list[Command]:
+    def handle(self, event: ev.Event, now: float) -> list[ev.Command]:
         if self.done:
             return []
-        commands: list[Command] = []
+        commands: list[ev.Command] = []
         match event:
-            case Opened():
-                self._on_opened(event)
-            case PartArrived():
+            case ev.Opened():
+                self._on_opened(event, now)
+            case ev.PartArrived():
                 self._on_part(event, now)
-            case BlobArrived():
+            case ev.BlobArrived():
                 commands += self._on_blob(event, now)
-            case BlobDecoded():
-                self._codec.observe(self.chunks[event.chunk].level, event.seconds)
-                self._fill(event.chunk, now)
-            case BlobRejected():
-                assert self.chunks[event.chunk].state is ChunkState.DECODING
+            case ev.BlobDecoded():
+                self._on_decoded(event, now)
+            case ev.BlobRejected():
                 self._reject(event.chunk, event.reason, now)
-            case ChunkComputed():
+            case ev.Refined():
+                self._codec.observe(self.chunks[event.chunk].upgrade, event.seconds)
+                self.upgrades.refined(event, now)
+            case ev.RefinementRejected():
+                self._note(now, f"chunk {event.chunk}: not refined ({event.reason})")
+                self.upgrades.failed(event.chunk)
+                self._count_bad(self.chunks[event.chunk], event.reason, now)
+            case ev.ChunkComputed():
+                self.chunks[event.chunk].level = TEXT
                 self._fill(event.chunk, now)
-            case SourceLost():
-                self._on_lost(event, now)
-            case Tick():
-                if not self._opened and self._may_load and now - self._started_at > OPEN_TIMEOUT_S:
-                    self._on_lost(SourceLost(reason="the source did not answer"), now)
-        if self.done or (isinstance(event, PartArrived) and now - self._planned_at < PLAN_EVERY_S):
+            case ev.ChunkRefused():
+                self._on_refused(event, now)
+            case ev.SourceLost():
+                self._on_lost(self.sources[event.source], event.reason, now, is_final=event.is_final)
+            case ev.Tick():
+                pass
+        if isinstance(event, ev.PartArrived) and now - self._planned_at < PLAN_EVERY_S:
             return commands
         return commands + self._replan(now)
 
+    def may_step(self, num_tokens: int) -> bool:
+        """Whether the request may compute the token after `num_tokens`. Only a plan that is followed ever waits."""
+        return self.done or not self.upgrades.must_wait(num_tokens)
+
+    def check_integrity(self) -> None:
+        """Counts add up. Run at every test's end."""
+        self.table.check_integrity()
+        for source in self.sources:
+            waiting = sum(
+                log.upgrade != "" and not log.is_upgrade_here and log.source == source.index for log in self.chunks
+            )
+            assert source.num_asked == sum(1 for _ in self.table.asked_of(source.index)) + waiting, source
+        assert self.upgrades.num_waiting == sum(log.upgrade != "" for log in self.chunks)
+
     # -- events ---------------------------------------------------------------------------------------------------
 
-    def _on_opened(self, event: Opened) -> None:
+    def _on_opened(self, event: ev.Opened, now: float) -> None:
         assert len(event.stored_bytes) == self.spec.num_chunks
-        self._opened = True
-        self.live = any(sizes is None for sizes in event.stored_bytes)
-        known: dict[str, list[int]] = {}
-        for sizes in event.stored_bytes:
-            for level, size in (sizes or {}).items():
-                known.setdefault(level, []).append(size)
-        for level, sizes_seen in known.items():
-            if level in self._chunk_bytes:
-                self._chunk_bytes[level] = sum(sizes_seen) / len(sizes_seen)
+        source = self.sources[event.source]
+        if not source.is_hoped_for:
+            return  # given up meanwhile
+        source.state, source.stored, source.since = SourceState.OPEN, event.stored_bytes, now
+        source.encode_s = event.encode_s
+        self.loader.opened(source)
 
-    def _on_part(self, event: PartArrived, now: float) -> None:
-        log = self.chunks[event.chunk]
-        if log.first_part_at is None and log.state is ChunkState.ASKED:
-            log.first_part_at = now
-            if not self.live and self._moved_at is not None and self._moved_at == log.asked_at:
-                self.link.on_first_part(now - log.asked_at)
+    def _on_part(self, event: ev.PartArrived, now: float) -> None:
+        source, log = self.sources[event.source], self.chunks[event.chunk]
+        link = source.share.link
         self.received_bytes += event.part_bytes
-        self.link.on_part(event.part_bytes, event.wire_s)
-        self._moved_at = now
-        if log.state is ChunkState.ASKED:
-            log.left_bytes = event.total_bytes - event.received_bytes
+        link.estimator.on_part(event.part_bytes, event.wire_s)
+        is_ours = log.source == event.source
+        if is_ours and log.state is ChunkState.ASKED:
+            if log.first_part_at is None:
+                log.first_part_at = now
+                # Only what an idle link was asked for says how long the way is.
+                asked_at = log.asked_at
+                if asked_at is not None and source.moved_at == asked_at >= link.moved_at and not self.live:
+                    link.estimator.on_first_part(now - asked_at)
             log.bytes = event.total_bytes
+        link.moved_at = now
+        if source.num_asked:
+            source.moved_at, source.has_answered = now, True
+        if is_ours and (log.state is ChunkState.ASKED or (log.upgrade and not log.is_upgrade_here)):
+            left_bytes = float(event.total_bytes - event.received_bytes)
+            source.left_bytes = max(0.0, source.left_bytes + left_bytes - log.left_bytes)
+            log.left_bytes = left_bytes
 
-    def _on_blob(self, event: BlobArrived, now: float) -> list[Command]:
+    def _on_blob(self, event: ev.BlobArrived, now: float) -> list[ev.Command]:
         log = self.chunks[event.chunk]
+        if log.source != event.source:
+            return []
+        if log.upgrade:
+            return [] if log.is_upgrade_here else self.upgrades.arrived(event)
         if log.state is not ChunkState.ASKED:
             return []  # computed in the meantime; the withdrawal crossed it
-        if event.level not in self.spec.levels:
+        self.sources[event.source].forget(log.left_bytes)
+        self.table.move(event.chunk, ChunkState.DECODING)
+        if event.level not in self.spec.chunk_bytes or event.level not in self._acceptable(event.chunk):
             self._reject(event.chunk, f"level {event.level!r} was not asked for", now)
             return []
-        log.state = ChunkState.DECODING
-        log.level, log.bytes, log.arrived_at, log.left_bytes = event.level, len(event.blob), now, 0.0
+        log.level, log.bytes, log.arrived_at = event.level, len(event.blob), now
+        log.blob = event.blob if event.level in self.spec.nested else None  # else no refinement continues it
         # What really came is the best prediction for the next chunk of that level.
-        self._chunk_bytes[event.level] += 0.5 * (len(event.blob) - self._chunk_bytes[event.level])
-        return [Decode(chunk=event.chunk, level=event.level, blob=event.blob)]
+        sizes = self.loader.chunk_bytes
+        sizes[event.level] += 0.5 * (len(event.blob) - sizes[event.level])
+        return [ev.Decode(chunk=event.chunk, level=event.level, blob=event.blob)]
 
-    def _reject(self, chunk: int, reason: str, now: float) -> None:
-        log = self.chunks[chunk]
-        log.state, log.level, log.left_bytes = ChunkState.MISSING, "", 0.0
-        log.first_part_at = None
-        log.bad_blobs += 1
-        self._note(now, f"chunk {chunk}: bad blob, asked for again ({reason})")
-        if sum(chunk.bad_blobs for chunk in self.chunks) > MAX_BAD_BLOBS:
-            self._on_lost(SourceLost(reason=f"{MAX_BAD_BLOBS + 1} damaged blobs; the last: {reason}"), now)
+    def _acceptable(self, chunk: int) -> Sequence[str]:
+        return self.spec.levels if self.spec.replay is None else (self.spec.replay.levels[chunk],)
 
-    def _on_lost(self, event: SourceLost, now: float) -> None:
-        self._may_load = False
-        self._note(now, f"source lost: {event.reason}")
-        for log in self.chunks:
-            if log.state is ChunkState.ASKED:
-                log.state, log.left_bytes = ChunkState.MISSING, 0.0
+    def _on_decoded(self, event: ev.BlobDecoded, now: float) -> None:
+        log = self.chunks[event.chunk]
+        log.decode_s = event.seconds
+        self._codec.observe(log.level, event.seconds)
+        self._fill(event.chunk, now)
+        self.upgrades.add(event.chunk)
 
     def _fill(self, chunk: int, now: float) -> None:
-        log = self.chunks[chunk]
-        assert log.state in (ChunkState.DECODING, ChunkState.COMPUTING), log.state
-        if log.state is ChunkState.COMPUTING:
-            log.level = TEXT
-        log.state, log.filled_at = ChunkState.FILLED, now
+        self.table.move(chunk, ChunkState.FILLED).filled_at = now
 
-    # -- the plan -------------------------------------------------------------------------------------------------
+    def _reject(self, chunk: int, reason: str, now: float) -> None:
+        log = self.table.move(chunk, ChunkState.MISSING)
+        log.level, log.first_part_at, log.blob = "", None, None
+        log.bad_blobs += 1
+        self._note(now, f"chunk {chunk}: bad blob, asked for again ({reason})")
+        self._count_bad(log, reason, now)
 
-    def _in(self, *states: ChunkState) -> list[int]:
-        return [index for index, log in enumerate(self.chunks) if log.state in states]
+    def _count_bad(self, log: ChunkLog, reason: str, now: float) -> None:
+        assert log.source is not None
+        source = self.sources[log.source]
+        source.bad_blobs += 1
+        if source.bad_blobs > MAX_BAD_BLOBS:
+            self._on_lost(source, f"{source.bad_blobs} damaged blobs; the last: {reason}", now, is_final=True)
 
-    def _replan(self, now: float) -> list[Command]:
-        self._planned_at = now
-        missing = self._in(ChunkState.MISSING)
-        asked = self._in(ChunkState.ASKED)
-        if not missing and not asked:
-            if self._in(ChunkState.DECODING, ChunkState.COMPUTING):
-                return []
-            self.done = True
-            return [Ready()]
-        if not asked:
-            self._moved_at = None
-        if not self.spec.may_compute and not self._may_load:
-            self.done = True
-            reason = self.reasons[-1][1] if self.reasons else "no source"
-            return [Fail(code="kv_transfer_failed", message=f"The prompt's KV could not be loaded ({reason}).")]
-        outlook = self._outlook(missing, asked, now)
-        plan = choose(self.spec.levels, outlook, self._budget_s(now), current=self.plan)
-        if self._may_load and not self._opened and not plan.compute_chunks:
-            return []  # nothing to do before the source answers, unless the link is known to be slow
-        self._note_plan(plan, now)
-        self.plan = plan
-        commands = self._compute_commands(plan, now)
-        if self._opened and self._may_load:
-            commands += self._load_commands(plan, now)
+    def _on_refused(self, event: ev.ChunkRefused, now: float) -> None:
+        source, log = self.sources[event.source], self.chunks[event.chunk]
+        source.refused.add(event.chunk)
+        self._note(now, f"chunk {event.chunk}: refused by its source ({event.reason})")
+        if log.source != event.source:
+            return
+        if log.state is ChunkState.ASKED:
+            self.loader.withdraw(event.chunk)
+        elif log.upgrade and not log.is_upgrade_here:
+            self.upgrades.failed(event.chunk)
+
+    def _on_lost(self, source: FillSource, reason: str, now: float, *, is_final: bool) -> None:
+        if not source.is_hoped_for:
+            return
+        for index in list(self.table.asked_of(source.index)):
+            self.loader.withdraw(index)
+        self.upgrades.source_lost(source)
+        source.lose(now, is_final=is_final)
+        given_up = "" if source.is_hoped_for else ", given up"
+        self._note(now, f"source {source.index} lost{given_up}: {reason}")
+        self.loader.see_whether_live()
+
+    # -- what to do next ------------------------------------------------------------------------------------------
+
+    def _replan(self, now: float) -> list[ev.Command]:
+        self._planned_at, self.wake_at = now, None
+        self.num_decisions += 1
+        commands = self._next_commands(now)
+        if self.done:
+            for log in self.chunks:
+                log.blob = None  # the machine is kept as long as the answer is, for its receipt
+        self._tell_needs()
         return commands
 
-    def _budget_s(self, now: float) -> float:
-        return HOLD_BACK * (self.spec.deadline - now) - self.spec.tail_s
+    def _next_commands(self, now: float) -> list[ev.Command]:
+        commands = self._revive(now)
+        if not self.table.is_filled:
+            if not self.spec.may_compute and not any(source.is_hoped_for for source in self.sources):
+                return [self._fail("kv_transfer_failed", "The prompt's KV could not be loaded")]
+            if self.spec.replay is not None:
+                commands += self._follow(now)
+            elif not self.table.is_here:
+                commands += self._carry_out_plan(now)
+            else:
+                commands += self._compute(now, is_wanted=False)
+        if not self.done:
+            commands += self._refine(now)
+        return commands
 
-    def _standing(self, asked: Sequence[int]) -> list[int]:
-        """Chunks asked for whose encoding has not begun as far as can be seen: they can still change their level.
+    def _revive(self, now: float) -> list[ev.Command]:
+        """Lost sources are opened again after a while; those that do not answer are given up."""
+        commands: list[ev.Command] = []
+        for source in self.sources:
+            if source.state is SourceState.OPENING and now - source.since >= OPEN_TIMEOUT_S:
+                self._on_lost(source, "the source did not answer", now, is_final=True)
+            elif source.state is SourceState.LOST and now >= source.retry_at:
+                source.state = SourceState.OPENING
+                commands.append(ev.Open(source=source.index))
+            if source.state is SourceState.LOST:
+                self._wake(source.retry_at)
+        return commands
 
-        The oldest request is taken to be at work already, even before its first part is here.
-        """
-        if not asked:
-            return []
-        oldest = min(asked, key=lambda index: self.chunks[index].asked_at or 0.0)
-        return [index for index in asked if index != oldest and self.chunks[index].first_part_at is None]
+    def _carry_out_plan(self, now: float) -> list[ev.Command]:
+        loader, spec = self.loader, self.spec
+        has_hope = any(source.is_hoped_for for source in self.sources)
+        outlook = loader.outlook(now, self._load())
+        if outlook.bytes_per_s <= 0 and not outlook.max_compute:
+            return []  # a source may come back; until then there is nothing to choose
+        plan = choose(spec.levels, outlook, loader.budget_s(now), current=self.plan)
+        if has_hope and not loader.has_opened and not plan.compute_chunks:
+            return []  # nothing to do before the source answers, unless the link is known to be slow
+        if self.plan is None and not plan.meets_target and loader.has_target and has_hope:
+            if spec.infeasible == "reject":
+                return [self._fail("slo_infeasible", self._why_infeasible(plan, now), status=503)]
+            if spec.infeasible == "text" and spec.may_compute:
+                for source in self.sources:
+                    self._on_lost(
+                        source, "the floor cannot be in time, and the policy then wants text", now, is_final=True
+                    )
+                outlook = loader.outlook(now, self._load())
+                plan = choose(spec.levels, outlook, loader.budget_s(now))
+        if outlook.num_missing:
+            self._note_plan(plan, now)
+        self.plan = plan
+        commands = self._compute(now, is_wanted=plan.compute_chunks > 0)
+        if self.done:
+            return commands
+        commands += loader.commands(plan, now)
+        for index in loader.given_up:
+            self._note(now, f"chunk {index}: given up, asked for anew at {plan.level}")
+        return commands
 
-    def _outlook(self, missing: Sequence[int], asked: Sequence[int], now: float) -> Outlook:
-        standing = self._standing(asked)
-        in_flight = [index for index in asked if index not in standing]
-        computing = self._in(ChunkState.COMPUTING)
-        busy_s = 0.0
-        if computing:
-            started = self.chunks[computing[0]].compute_at
-            assert started is not None
-            busy_s = max(0.0, self._chunk_compute_s(computing[0], 1) - (now - started))
-        first = min([*missing, *asked])
-        source_s = 0.0
-        if self.live:
-            not_begun = [*missing, *(index for index in asked if self.chunks[index].first_part_at is None)]
-            source_s = self._live_source_s(sorted(not_begun), now)
-        return Outlook(
-            num_missing=len(missing) + len(standing),
-            in_flight_bytes=[self.chunks[index].left_bytes for index in in_flight],
-            chunk_bytes=self._chunk_bytes,
-            bytes_per_s=self._rate(now) if self._may_load else 0.0,
-            latency_s=self._latency_s(asked, now),
-            decode_s=self._codec.seconds,
-            compute_s=(lambda count: self._chunk_compute_s(first, count)) if self.spec.may_compute else None,
-            busy_s=busy_s,
-            source_s=source_s,
-            spent_s=now - self._started_at,
-            committed_bytes=self.link.committed_bytes,
-            live=self.live,
+    def _why_infeasible(self, plan: Plan, now: float) -> str:
+        left_ms, needed_ms = max(0.0, self.loader.budget_s(now)) * 1e3, plan.predicted_s * 1e3
+        return (
+            f"The first token cannot be in time: the KV takes {needed_ms:.0f} ms at the coarsest level allowed "
+            f"({self.spec.levels[-1]}), {left_ms:.0f} ms are left. Allow a longer time to the first token, a coarser "
+            "floor, or `infeasible: best_effort` in the policy"
         )
 
-    def _live_source_s(self, not_begun: Sequence[int], now: float) -> float:
-        """Until a live source has computed the last chunk. It takes about as long for a chunk as this worker would,
-        and has been at the next one since the last one began to arrive."""
-        if not not_begun:
-            return 0.0
-        began = [log.first_part_at for log in self.chunks if log.first_part_at is not None]
-        asked = [log.asked_at for log in self.chunks if log.asked_at is not None]
-        since = max(began) if began else min(asked, default=now)
-        left_s = max(0.0, self._chunk_compute_s(not_begun[0], len(not_begun)) - (now - since))
-        # Once this worker computes, the source has been left alone: going back has to be worth it.
-        return left_s * (BACK_TO_LIVE if self.plan is not None and self.plan.compute_chunks else 1.0)
-
-    def _rate(self, now: float) -> float:
-        """The link's rate. Silence counts against it, but not the time in which a live source computes a chunk."""
-        waiting_since = self._moved_at
-        if self.live and waiting_since is not None:
-            waiting_since += 2.0 * self._chunk_compute_s(self.spec.num_chunks - 1, 1)
-        return self.link.bytes_per_s(now, waiting_since=waiting_since)
-
-    def _latency_s(self, asked: Sequence[int], now: float) -> float:
-        """Until the next byte can come. A source that has not answered yet is likely to take as long again."""
-        if not self._opened:
-            return max(self.link.latency_s, now - self._started_at)
-        return self.link.latency_s if not asked else 0.0
-
-    def _chunk_compute_s(self, first: int, count: int) -> float:
-        size = self.spec.chunk_tokens
-        return self._compute.seconds(first * size, (first + count) * size)
-
-    def _compute_commands(self, plan: Plan, now: float) -> list[Command]:
-        if plan.compute_chunks == 0 or self._in(ChunkState.COMPUTING):
+    def _compute(self, now: float, *, is_wanted: bool) -> list[ev.Command]:
+        """Compute the frontier's chunk, if the plan wants it or no source can give it."""
+        if self.table.computing is not None or self.table.is_filled:
             return []
-        frontier = next(i for i, log in enumerate(self.chunks) if log.state is not ChunkState.FILLED)
+        frontier = self.table.frontier
         log = self.chunks[frontier]
-        if log.state is ChunkState.DECODING:
-            return []  # in place in a moment
-        commands: list[Command] = []
+        if log.state is ChunkState.DECODING or not (is_wanted or not self.loader.is_loadable(frontier)):
+            return []  # in place in a moment, or to be loaded
+        if not self.spec.may_compute:
+            return [self._fail("kv_transfer_failed", f"Chunk {frontier} of the prompt's KV could not be loaded")]
+        commands: list[ev.Command] = []
         if log.state is ChunkState.ASKED:
-            commands.append(Withdraw(chunk=frontier))
-        log.state, log.compute_at, log.left_bytes = ChunkState.COMPUTING, now, 0.0
-        return [*commands, Compute(chunk=frontier)]
+            commands.append(self.loader.withdraw(frontier))
+        # It rests on what lies before it, so nothing of that may change any more before the first token.
+        commands += self.upgrades.recall(frontier)
+        if self.upgrades.num_waiting and any(log.upgrade for log in self.chunks[:frontier]):
+            return commands  # being decoded
+        self.table.move(frontier, ChunkState.COMPUTING).compute_at = now
+        return [*commands, ev.Compute(chunk=frontier)]
 
-    def _load_commands(self, plan: Plan, now: float) -> list[Command]:
-        commands: list[Command] = []
-        asked = self._in(ChunkState.ASKED)
-        standing = self._standing(asked)
-        if self.live and plan.compute_chunks:
-            # All is computed here; the source need not go on with what it has not begun to send.
-            not_begun = [index for index in asked if self.chunks[index].first_part_at is None]
-            for index in not_begun:
-                self.chunks[index].state, self.chunks[index].left_bytes = ChunkState.MISSING, 0.0
-            return [Withdraw(chunk=index) for index in not_begun]
-        not_begun = sorted([*self._in(ChunkState.MISSING), *standing])
-        computed = not_begun[: plan.compute_chunks]
-        for index in asked:
-            if index in computed or self.chunks[index].asked_levels[-1] == plan.level:
-                continue  # the plan's level is for what it loads
-            if index in standing:
-                # It may be encoded already, at the level of the first request: then amending comes too late.
-                is_anew = self._pays_anew(self._chunk_bytes[self.chunks[index].anew_level], plan.level)
-                commands += [Withdraw(chunk=index)] if is_anew else []
-                commands.append(self._ask(index, plan.level, is_anew=is_anew))
-            elif self._pays_anew(self.chunks[index].left_bytes, plan.level):
-                # The link has become so slow that beginning again at the coarser level is faster than going on.
-                self._note(now, f"chunk {index}: given up at {self.chunks[index].asked_levels[-1]}, asked for anew")
-                self.chunks[index].first_part_at, self.chunks[index].asked_at = None, now
-                commands += [Withdraw(chunk=index), self._ask(index, plan.level)]
-        wanted = not_begun[plan.compute_chunks :]
-        to_load = [index for index in (wanted if self.live else wanted[::-1]) if index not in standing]
-        chunk_bytes = max(self._chunk_bytes[plan.level], 1.0)
-        rate = self._rate(now)
-        ahead = min(max(MIN_AHEAD, int(AHEAD_S * rate / chunk_bytes) + 1), MAX_AHEAD)
-        for index in to_load[: max(0, ahead - len(asked))]:
-            was_idle = not self._in(ChunkState.ASKED)
-            commands.append(self._ask(index, plan.level))
-            self.chunks[index].asked_at = now
-            if was_idle:
-                self._moved_at = now
+    def _follow(self, now: float) -> list[ev.Command]:
+        """The same for a plan that was given."""
+        replay = self.spec.replay
+        assert replay is not None
+        frontier = self.table.frontier
+        is_text = replay.levels[frontier] == TEXT
+        if not is_text and not self.loader.is_loadable(frontier):
+            return [self._fail("plan_not_followed", f"Chunk {frontier} of the given plan could not be loaded")]
+        commands = self._compute(now, is_wanted=is_text)
+        if self.loader.has_opened and not self.done:
+            wanted = [index for index in self.table.missing if replay.levels[index] != TEXT]
+            commands += self.loader.ask_missing(wanted, replay.levels, now)
         return commands
 
-    def _pays_anew(self, left_bytes: float, level: str) -> bool:
-        """Whether a chunk begun at another level comes sooner if it is given up and asked for at `level`.
+    def _refine(self, now: float) -> list[ev.Command]:
+        """Spend what time is left before the first token; say when that one may be computed; go on after it."""
+        loader, upgrades, spec = self.loader, self.upgrades, self.spec
+        if spec.replay is not None:
+            return self._refine_as_given(now)
+        commands: list[ev.Command] = []
+        if not self.ready:
+            budget_s = loader.budget_s(now)
+            # What is computed rests on what lies before it: refining that would leave no level that holds for both.
+            if budget_s > 0 and self.table.last_computed < self.table.first_loaded and not self.table.missing:
+                commands += self._refine_in_time(budget_s, now)
+            if not self.table.is_filled:
+                return commands
+            if upgrades.num_waiting and budget_s > LEAST_WAIT_S:
+                self._wake(loader.deadline())
+                return commands
+            commands += self._become_ready()
+            if not spec.refine_levels:
+                commands += upgrades.withdraw()
+            commands += upgrades.postpone()
+        if spec.refine_levels:
+            commands += upgrades.ask(self._ladder(spec.refine_levels), float("inf"), Kind.LATER, now)
+        if not upgrades.num_waiting and not (
+            spec.refine_levels and upgrades.is_anything_left(self._ladder(spec.refine_levels))
+        ):
+            self.done = True
+        return commands
 
-        What is committed to the link cannot be recalled: that much comes in vain, and the new blob behind it.
-        """
-        return left_bytes > REASK * (self.link.committed_bytes + self._chunk_bytes[level])
+    def _refine_in_time(self, budget_s: float, now: float) -> list[ev.Command]:
+        loader, levels = self.loader, self.spec.levels
+        decode_s = self._codec.seconds(levels[0])
+        left_s = budget_s - (loader.queue_s() + self.upgrades.num_here * decode_s)
+        if left_s <= decode_s:
+            return []
+        # Each is a whole chunk to decode: on a fast link that is what the time goes into.
+        num_steps = int(left_s / decode_s) - (self.upgrades.num_waiting - self.upgrades.num_here)
+        rate = loader.rate(now)
+        opened = [source for source in self.sources if source.is_open]
+        ahead_bytes = sum(source.share.ahead_bytes(Kind.BETTER) + source.left_bytes for source in opened)
+        # What is on its way covers the latency of what is asked for now.
+        latency_s = min((source.share.estimator.latency_s for source in opened), default=0.0)
+        taken_bytes = max(ahead_bytes, latency_s * rate)
+        hoped_bytes = (left_s - decode_s) * rate - taken_bytes
+        budget_bytes = (left_s - decode_s) * rate * loader.low_share(left_s) - taken_bytes
+        ladder = self._ladder(levels)
+        return self.upgrades.ask(ladder, budget_bytes, Kind.BETTER, now, hoped_bytes=hoped_bytes, num_steps=num_steps)
 
-    def _ask(self, index: int, level: str, *, is_anew: bool = True) -> Ask:
-        log = self.chunks[index]
-        log.anew_level = level if is_anew else log.anew_level
-        log.state, log.left_bytes = ChunkState.ASKED, self._chunk_bytes[level]
-        log.asked_levels.append(level)
-        del log.asked_levels[1 : len(log.asked_levels) - MAX_ASKED_LEVELS + 1]  # the first and the last ones stay
-        return Ask(chunk=index, level=level)
+    def _refine_as_given(self, now: float) -> list[ev.Command]:
+        assert self.spec.replay is not None
+        if not self.table.is_filled:
+            return []
+        commands: list[ev.Command] = []
+        if not self.ready:
+            self.upgrades.follow(self.spec.replay.steps)
+            commands += self._become_ready()
+        commands += self.upgrades.ask_steps(self._ladder(tuple(self.spec.chunk_bytes)), now)
+        if self.upgrades.is_lost:
+            return [self._fail("plan_not_followed", "A refinement of the given plan could not be loaded")]
+        self.done = not self.upgrades.is_following
+        return commands
+
+    def _ladder(self, levels: tuple[str, ...]) -> Ladder:
+        sizes = self.loader.chunk_bytes
+        exact = [level for level in levels if level in self.spec.exact]
+        smallest = min(exact, key=sizes.__getitem__, default=None)
+        # Nothing is gained between two levels that both lose nothing.
+        levels = tuple(level for level in levels if level not in exact or level == smallest)
+        return Ladder(levels=levels, chunk_bytes=sizes, nested=self.spec.nested)
+
+    def _become_ready(self) -> list[ev.Command]:
+        self.ready = True
+        for log in self.chunks:
+            log.first_level = log.level
+        return [ev.Ready()]
+
+    def _fail(self, code: str, what: str, *, status: int = 502) -> ev.Fail:
+        self.done = True
+        why = f" ({self.reasons[-1][1]})" if self.reasons and status == 502 else ""
+        return ev.Fail(code=code, message=f"{what}{why}.", status=status)
+
+    def _wake(self, at: float) -> None:
+        self.wake_at = at if self.wake_at is None else min(self.wake_at, at)
+
+    def _tell_needs(self) -> None:
+        """What other transfers over the same links have to reckon with."""
+        opened = [source for source in self.sources if source.is_open]
+        level = self.spec.levels[-1] if self.spec.levels else ""
+        missing_bytes = len(self.table.missing) * self.loader.chunk_bytes.get(level, 0.0) / max(len(opened), 1)
+        for source in self.sources:
+            share = source.share
+            share.base_bytes = share.refine_bytes = 0.0
+            if not source.is_open or self.done:
+                continue
+            if self.table.is_here:
+                share.refine_bytes = source.left_bytes
+            else:
+                share.base_bytes = missing_bytes + source.left_bytes
 
     # -- why ------------------------------------------------------------------------------------------------------
 
     def _note(self, now: float, reason: str) -> None:
-        if len(self.reasons) < 200:
+        if len(self.reasons) < MAX_REASONS:
             self.reasons.append((now, reason))
 
     def _note_plan(self, plan: Plan, now: float) -> None:
         old = self.plan
         if old is not None and old.level == plan.level and (old.compute_chunks > 0) == (plan.compute_chunks > 0):
             return
-        rate_mbps = self._rate(now) * 8e-6
+        loader = self.loader
+        rate_mbps = loader.rate(now) * 8e-6
         verdict = "in time" if plan.meets_target else "as fast as possible"
+        at = f"at {plan.level}"
+        if plan.first_level == self.spec.levels[-1] != plan.level:
+            at = f"at {plan.first_level} first, then refine to {plan.level}"
         how = f"compute {plan.compute_chunks} from the front, load the others" if plan.compute_chunks else "load"
         self._note(
             now,
-            f"{how} at {plan.level}: {plan.predicted_s * 1e3:.0f} ms predicted, {self._budget_s(now) * 1e3:.0f} ms left"
+            f"{how} {at}: {plan.predicted_s * 1e3:.0f} ms predicted, {loader.budget_s(now) * 1e3:.0f} ms left"
             f" ({verdict}), link {rate_mbps:.1f} Mbit/s",
         )

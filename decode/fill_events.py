@@ -1,20 +1,32 @@
-"""What a fill machine is told and what it wants done: the events and commands of decode/fill.py. Plain data."""
+"""What a fill machine is told and what it wants done: the events and commands of decode/fill.py. Plain data.
+
+`source` is an index into the sources that the fill was given.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
+
+from decode.link_scheduler import Kind
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
-    """The source accepted. `stored_bytes[i]`: sizes by level known of chunk i, or None if it must compute it."""
+    """The source accepted. `stored_bytes[i]`: sizes by level known of chunk i, or None if it must compute it.
+    encode_s: seconds that it takes to make a chunk ready, by level, as far as known."""
 
+    source: int = 0
     stored_bytes: tuple[dict[str, int] | None, ...]
+    encode_s: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PartArrived:
+    """wire_s: how long the link was busy with this part."""
+
+    source: int = 0
     chunk: int
     level: str
     received_bytes: int
@@ -25,6 +37,9 @@ class PartArrived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlobArrived:
+    """A whole blob. level: as it was asked for, so possibly the name of a refinement."""
+
+    source: int = 0
     chunk: int
     level: str
     blob: Any  # bytes-like
@@ -32,6 +47,8 @@ class BlobArrived:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class BlobDecoded:
+    """The chunk stands in its pages."""
+
     chunk: int
     seconds: float
 
@@ -45,15 +62,45 @@ class BlobRejected:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Refined:
+    """The pages hold the better level. after_tokens: how many tokens had been sampled then. blob: the finer blob, to
+    refine further (None if it does not nest)."""
+
+    chunk: int
+    seconds: float
+    after_tokens: int
+    blob: Any = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefinementRejected:
+    """A refinement failed its checks. The pages are as they were; the chunk is left as it is."""
+
+    chunk: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkComputed:
     chunk: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SourceLost:
-    """The transfer ended before it was complete, or could not be opened."""
+class ChunkRefused:
+    """The source cannot give this chunk; the others it can."""
 
+    source: int = 0
+    chunk: int
     reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SourceLost:
+    """The transfer ended before it was complete, or could not be opened. is_final: trying again is of no use."""
+
+    source: int = 0
+    reason: str
+    is_final: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,25 +108,57 @@ class Tick:
     """Time passed. Silence of a link shows only through ticks."""
 
 
-Event = Opened | PartArrived | BlobArrived | BlobDecoded | BlobRejected | ChunkComputed | SourceLost | Tick
+Event = (
+    Opened | PartArrived | BlobArrived | BlobDecoded | BlobRejected | Refined | RefinementRejected | ChunkComputed
+    | ChunkRefused | SourceLost | Tick
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Open:
+    """Open a transfer to this source (again)."""
+
+    source: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ask:
+    """level: a codec level or the name of a refinement. The same chunk again amends what was asked."""
+
+    source: int = 0
     chunk: int
     level: str
+    kind: Kind = Kind.BASE
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Withdraw:
+    source: int = 0
     chunk: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decode:
+    """Check the blob and decode it into the chunk's pages: BlobDecoded or BlobRejected follows."""
+
     chunk: int
     level: str
     blob: Any
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Refine:
+    """Put a better level into the pages, between two steps of the engine: Refined or RefinementRejected follows.
+
+    coarse: the blob that `blob` refines; None if `blob` is whole. after_tokens: not before so many tokens were sampled,
+    and not after (a plan that is followed); None: at once.
+    """
+
+    chunk: int
+    level: str
+    blob: Any
+    coarse: Any = None
+    after_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,6 +175,7 @@ class Ready:
 class Fail:
     code: str
     message: str
+    status: int = 502
 
 
-Command = Ask | Withdraw | Decode | Compute | Ready | Fail
+Command = Open | Ask | Withdraw | Decode | Refine | Compute | Ready | Fail

@@ -1,4 +1,4 @@
-"""Pulling prompts' KV into pages: the shell around FillMachine, a KVClient and a thread that decodes blobs.
+"""Pulling prompts' KV into pages: the shell around FillMachine, a KVClient and a BlobDecoder.
 
 Everything that belongs to a fill happens under the worker's lock, which is handed in; only decoding runs outside it,
 with the sequence's pages pinned.
@@ -7,35 +7,19 @@ with the sequence's pages pinned.
 from __future__ import annotations
 
 import logging
-import queue
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from codec.chunk import inspect_blob
-from codec.errors import BlobError, MalformedBlob
-from decode.estimator import CodecEstimator, ComputeEstimator, LinkEstimator
-from decode.fill import FillMachine, FillSpec
-from decode.fill_events import (
-    Ask,
-    BlobArrived,
-    BlobDecoded,
-    BlobRejected,
-    ChunkComputed,
-    Command,
-    Compute,
-    Decode,
-    Event,
-    Fail,
-    Opened,
-    PartArrived,
-    Ready,
-    SourceLost,
-    Tick,
-    Withdraw,
-)
+from decode import fill_events as ev
+from decode.blob_decoder import BlobDecoder, Job, NewPages, Outcome
+from decode.estimator import CodecEstimator, ComputeEstimator
+from decode.fill import FillMachine
+from decode.fill_loading import EngineLoad, FillSpec
+from decode.link_scheduler import Kind, LinkScheduler, LinkShare, priority
+from decode.transfer_events import fill_event
 from prefill.runtime import ModelRuntime
 from transport import events as wire
 from transport.curve import CurveKeys
@@ -44,7 +28,6 @@ from transport.kv_client import KVClient
 
 log = logging.getLogger("kvstream.decode")
 
-MAX_KNOWN_LINKS = 256
 TICK_S = 0.02  # how often silence is looked at while something is being filled
 
 
@@ -61,22 +44,28 @@ class PullOwner(Protocol):
     """The decode worker as the puller sees it. Called with the lock held."""
 
     def fill_begins(self, fill: Fill) -> None: ...
+    def engine_load(self, key: str) -> EngineLoad: ...
     def compute_chunk(self, key: str, chunk: int, start: int, stop: int) -> None: ...
+    def chunk_loaded(self, key: str, start: int, stop: int, level: str) -> None: ...
     def fill_ready(self, key: str, now: float) -> None: ...
-    def fill_failed(self, key: str, code: str, message: str) -> None: ...
+    def fill_failed(self, key: str, failure: ev.Fail) -> None: ...
+    def put_pages(self, key: str, pages: NewPages) -> None: ...
     def pin(self, key: str) -> None: ...
     def unpin(self, key: str) -> None: ...
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Fill:
-    """A prompt being filled. `opened_at` is when the source answered."""
+    """A prompt being filled, and then refined. `opened_at` is when the first source answered. `transfers`: by index of
+    the source, those that are open."""
 
     key: str
     machine: FillMachine
     block_table: list[int]
-    endpoint: str | None = None
-    transfer_id: str | None = None
+    body: dict[str, Any]
+    sources: Sequence[Source]
+    shares: Sequence[LinkShare]
+    transfers: dict[int, str] = field(default_factory=dict)
     opened_at: float | None = None
 
 
@@ -89,22 +78,28 @@ class KVPuller:
         *,
         worker_id: str,
         compute: ComputeEstimator,
+        codec: CodecEstimator,
         owner: PullOwner,
         lock: threading.Condition,
         curve: CurveKeys | None = None,
     ) -> None:
-        self._runtime, self._owner, self._lock = runtime, owner, lock
-        self._compute, self._codec = compute, CodecEstimator()
-        self._links: dict[str, LinkEstimator] = {}
+        self._owner, self._lock = owner, lock
+        self._compute, self._codec = compute, codec
+        self._links = LinkScheduler()
         self._fills: dict[str, Fill] = {}
-        self._by_transfer: dict[str, Fill] = {}
-        self._jobs: queue.SimpleQueue[tuple[Fill, Decode] | None] = queue.SimpleQueue()
-        self.counters = {"kv_received_bytes_total": 0, "kv_bad_blobs_total": 0, "kv_lost_transfers_total": 0}
+        self._by_transfer: dict[str, tuple[Fill, int]] = {}
+        self.counters = {
+            "kv_received_bytes_total": 0,
+            "kv_bad_blobs_total": 0,
+            "kv_lost_transfers_total": 0,
+            "kv_refined_chunks_total": 0,
+        }
         self._client = KVClient(
             greeting=runtime.greeting(), on_event=self._on_event, incarnation=worker_id, curve=curve
         )
-        self._thread = threading.Thread(target=self._decode_loop, name="kv-decode", daemon=True)
-        self._thread.start()
+        self._ticked_at = time.monotonic()
+        self._decoder = BlobDecoder(runtime, on_done=self._on_decoded, on_pause=self._tick)
+        self._decoder.start()
 
     # -- for the worker, with the lock held -----------------------------------------------------------------------
 
@@ -113,84 +108,99 @@ class KVPuller:
         key: str,
         spec: FillSpec,
         *,
-        source: Source | None,
+        sources: Sequence[Source],
         token_ids: Sequence[int],
         cache_salt: str,
         block_table: list[int],
+        link_prior_bps: float,
         now: float,
     ) -> Fill:
         """Begin to fill; the owner is told when the pages are ready or cannot be."""
-        assert (source is not None) == spec.may_load
-        link = self._link(source.endpoint) if source is not None else LinkEstimator()
-        machine = FillMachine(spec, now=now, link=link, compute=self._compute, codec=self._codec)
-        fill = Fill(key=key, machine=machine, block_table=block_table)
+        sources = sources if spec.may_load else ()
+        shares = [
+            self._links.join(source.endpoint, deadline=spec.deadline, prior_bytes_per_s=link_prior_bps / 8)
+            for source in sources
+        ]
+        machine = FillMachine(
+            spec,
+            now=now,
+            sources=shares,
+            compute=self._compute,
+            codec=self._codec,
+            load=lambda: self._owner.engine_load(key),
+        )
+        body = {"token_ids": list(token_ids), "chunk_tokens": spec.chunk_tokens, "cache_salt": cache_salt}
+        fill = Fill(key=key, machine=machine, block_table=block_table, body=body, sources=sources, shares=shares)
         self._fills[key] = fill
         self._owner.fill_begins(fill)
-        lost: SourceLost | None = None
-        if source is not None and spec.num_chunks > 0:
-            body = {"token_ids": list(token_ids), "chunk_tokens": spec.chunk_tokens, "cache_salt": cache_salt}
-            fill.endpoint = source.endpoint
-            try:
-                fill.transfer_id = self._client.open(source.endpoint, body, server_public_key=source.public_key)
-            except TransportError as error:
-                lost = SourceLost(reason=str(error))
-            else:
-                self._by_transfer[fill.transfer_id] = fill
-                link.sharing += 1
         self._feed(fill, None, now)
-        if lost is not None:
-            self._feed(fill, lost, now)
         return fill
 
     def computed(self, key: str, chunk: int, now: float) -> None:
         """The engine has computed a chunk that the fill had asked for."""
         fill = self._fills.get(key)
         if fill is not None:
-            self._feed(fill, ChunkComputed(chunk=chunk), now)
+            self._feed(fill, ev.ChunkComputed(chunk=chunk), now)
+
+    def pages_put(self, key: str, pages: NewPages, after_tokens: int, now: float) -> None:
+        """The engine has copied a better level into the pages."""
+        self.counters["kv_refined_chunks_total"] += 1
+        fill = self._fills.get(key)
+        if fill is not None:
+            refined = ev.Refined(chunk=pages.chunk, seconds=pages.seconds, after_tokens=after_tokens, blob=pages.blob)
+            self._feed(fill, refined, now)
 
     def stop(self, key: str, reason: str) -> None:
         """The request is over; a blob that is being decoded still keeps its pages pinned until it is done."""
-        fill = self._fills.pop(key, None)
+        fill = self._fills.get(key)
         if fill is not None:
             fill.machine.done = True
-            self._close(fill, reason)
+            self._forget(fill, reason)
 
     @property
     def is_alive(self) -> bool:
-        return self._thread.is_alive()
-
-    @property
-    def num_fills(self) -> int:
-        return len(self._fills)
+        return self._decoder.is_alive
 
     # -- the rest -------------------------------------------------------------------------------------------------
 
     def check_integrity(self) -> None:
-        """No transfer without a fill; estimators share with nobody when idle."""
+        """No transfer without a fill, no share in a link without a fill."""
         self._client.check_integrity()
-        assert set(self._by_transfer) == {f.transfer_id for f in self._fills.values() if f.transfer_id is not None}
-        assert sum(link.sharing for link in self._links.values()) == len(self._by_transfer)
+        open_now = {transfer for fill in self._fills.values() for transfer in fill.transfers.values()}
+        assert set(self._by_transfer) == open_now
+        assert self._links.num_shares == sum(len(fill.shares) for fill in self._fills.values())
+        for fill in self._fills.values():
+            fill.machine.check_integrity()
 
     def shutdown(self) -> None:
-        self._jobs.put(None)
+        self._decoder.shutdown()
         self._client.shutdown()
-        self._thread.join(timeout=10)
 
-    def _link(self, endpoint: str) -> LinkEstimator:
-        """What is known of the link. Workers that restart leave endpoints behind: the oldest idle one is forgotten."""
-        if endpoint not in self._links and len(self._links) >= MAX_KNOWN_LINKS:
-            idle = next((other for other, link in self._links.items() if link.sharing == 0), None)
-            self._links.pop(idle or "", None)
-        return self._links.setdefault(endpoint, LinkEstimator())
+    def _open(self, fill: Fill, index: int) -> str | None:
+        """Why it could not be done, if so."""
+        source = fill.sources[index]
+        try:
+            transfer_id = self._client.open(source.endpoint, fill.body, server_public_key=source.public_key)
+        except TransportError as error:
+            return str(error)
+        fill.transfers[index] = transfer_id
+        self._by_transfer[transfer_id] = (fill, index)
+        return None
 
-    def _close(self, fill: Fill, reason: str) -> None:
-        if fill.transfer_id is not None:
-            self._client.close(fill.transfer_id, reason)
-            del self._by_transfer[fill.transfer_id]
-            fill.transfer_id = None
-            fill.machine.link.sharing -= 1
+    def _close(self, fill: Fill, index: int, reason: str) -> None:
+        transfer_id = fill.transfers.pop(index, None)
+        if transfer_id is not None:
+            self._client.close(transfer_id, reason)
+            del self._by_transfer[transfer_id]
 
-    def _feed(self, fill: Fill, event: Event | None, now: float) -> None:
+    def _forget(self, fill: Fill, reason: str) -> None:
+        del self._fills[fill.key]
+        for index in list(fill.transfers):
+            self._close(fill, index, reason)
+        for share in fill.shares:
+            share.leave()
+
+    def _feed(self, fill: Fill, event: ev.Event | None, now: float) -> None:
         """Tell the machine what happened (None: that it starts) and carry out what it wants."""
         try:
             commands = fill.machine.start(now) if event is None else fill.machine.handle(event, now)
@@ -200,136 +210,122 @@ class KVPuller:
             log.exception("%s: %s could not be handled", fill.key, type(event).__name__)
             fill.machine.done = True
             if self._fills.get(fill.key) is fill:
+                self._forget(fill, "internal error")
                 message = "The decode worker failed while loading the prompt's KV; see its log."
-                self._carry_out(fill, [Fail(code="internal_error", message=message)], now)
-        if fill.machine.lost_source:
-            self._close(fill, "the source was given up")
+                self._owner.fill_failed(fill.key, ev.Fail(code="internal_error", message=message, status=500))
+            return
+        for source in fill.machine.sources:
+            if not (source.is_open or source.is_opening):
+                self._close(fill, source.index, "the source was given up")
+            elif len(source.refused) == fill.machine.spec.num_chunks:
+                # Withdrawn chunks do not stop a source that computes the prompt; the end of the transfer does.
+                self._close(fill, source.index, "it can give no chunk")
+        if fill.machine.done and self._fills.get(fill.key) is fill:
+            self._forget(fill, "complete")
 
-    def _carry_out(self, fill: Fill, commands: list[Command], now: float) -> None:
+    def _carry_out(self, fill: Fill, commands: list[ev.Command], now: float) -> None:
         size = fill.machine.spec.chunk_tokens
+        lost: list[ev.SourceLost] = []
         for command in commands:
             match command:
-                case Ask() | Withdraw():
+                case ev.Open():
+                    reason = self._open(fill, command.source)
+                    if reason is not None:
+                        lost.append(ev.SourceLost(source=command.source, reason=reason))
+                case ev.Ask() | ev.Withdraw():
                     self._tell_source(fill, command)
-                case Decode():
-                    self._owner.pin(fill.key)
-                    self._jobs.put((fill, command))
-                case Compute():
+                case ev.Decode() | ev.Refine():
+                    self._decode(fill, command)
+                case ev.Compute():
                     start = command.chunk * size
                     self._owner.compute_chunk(fill.key, command.chunk, start, start + size)
-                case Ready():
-                    del self._fills[fill.key]
-                    self._close(fill, "complete")
+                case ev.Ready():
                     self._owner.fill_ready(fill.key, now)
-                case Fail():
-                    del self._fills[fill.key]
-                    self._close(fill, command.message)
-                    self._owner.fill_failed(fill.key, command.code, command.message)
+                case ev.Fail():
+                    self._forget(fill, command.message)
+                    self._owner.fill_failed(fill.key, command)
+        for event in lost:
+            self._feed(fill, event, now)
 
-    def _tell_source(self, fill: Fill, command: Ask | Withdraw) -> None:
-        if fill.transfer_id is None:
+    def _decode(self, fill: Fill, command: ev.Decode | ev.Refine) -> None:
+        machine = fill.machine
+        kind = Kind.BASE
+        if isinstance(command, ev.Refine):
+            kind = Kind.LATER if machine.ready else Kind.BETTER
+        start = command.chunk * machine.spec.chunk_tokens
+        job = Job(
+            fill=fill,
+            command=command,
+            start=start,
+            stop=start + machine.spec.chunk_tokens,
+            block_table=fill.block_table,
+            is_wanted=lambda: not machine.done,
+        )
+        self._owner.pin(fill.key)
+        self._decoder.put(job, urgency=priority(kind, machine.spec.deadline))
+
+    def _tell_source(self, fill: Fill, command: ev.Ask | ev.Withdraw) -> None:
+        transfer_id = fill.transfers.get(command.source)
+        if transfer_id is None:
             return  # it could not even be opened; the machine is told next
         try:
-            if isinstance(command, Ask):
-                self._client.request(fill.transfer_id, command.chunk, command.level)
+            if isinstance(command, ev.Ask):
+                urgency = priority(command.kind, fill.machine.spec.deadline)
+                self._client.request(transfer_id, command.chunk, command.level, priority=urgency)
             else:
-                self._client.withdraw(fill.transfer_id, command.chunk)
+                self._client.withdraw(transfer_id, command.chunk)
         except TransportError as error:
             log.debug("%s: %s; TransferLost is on its way", fill.key, error)
 
     def _on_event(self, event: wire.TransferEvent) -> None:
         """In the client's thread."""
         with self._lock:
-            fill = self._by_transfer.get(event.transfer_id)
-            if fill is None:
+            found = self._by_transfer.get(event.transfer_id)
+            if found is None:
                 return  # closed while the event was on its way
-            translated = self._translate(fill, event)
-            if translated is not None:
-                self._feed(fill, translated, time.monotonic())
+            fill, source = found
+            match event:
+                case wire.Opened():
+                    fill.opened_at = event.at if fill.opened_at is None else fill.opened_at
+                case wire.PartArrived():
+                    self.counters["kv_received_bytes_total"] += event.part_bytes
+                case wire.Refused() | wire.TransferLost():
+                    self.counters["kv_lost_transfers_total"] += 1
+                    # The transport has ended it already; closing it again is fine.
+                    self._close(fill, source, event.reason)
+            num_chunks = fill.machine.spec.num_chunks
+            self._feed(fill, fill_event(event, source=source, num_chunks=num_chunks), time.monotonic())
 
-    def _translate(self, fill: Fill, event: wire.TransferEvent) -> Event | None:
-        match event:
-            case wire.Opened():
-                fill.opened_at = event.at
-                sizes = _stored_sizes(event.body, fill.machine.spec.num_chunks)
-                return (
-                    SourceLost(reason="its answer does not fit the prompt")
-                    if sizes is None
-                    else Opened(stored_bytes=sizes)
-                )
-            case wire.PartArrived():
-                self.counters["kv_received_bytes_total"] += event.part_bytes
-                return PartArrived(
-                    chunk=event.chunk,
-                    level=event.level,
-                    received_bytes=event.bytes_received,
-                    total_bytes=event.total_bytes,
-                    part_bytes=event.part_bytes,
-                    wire_s=event.wire_s,
-                )
-            case wire.BlobArrived():
-                return BlobArrived(chunk=event.chunk, level=event.level, blob=event.blob)
-            case wire.ChunkFailed() | wire.Refused() | wire.TransferLost():
-                self.counters["kv_lost_transfers_total"] += 1
-                return SourceLost(reason=event.reason)
-            case wire.TransferSuspect() | wire.TransferRecovered():
-                return Tick()  # silence is seen by the link estimator
+    # -- in the decoder's thread ----------------------------------------------------------------------------------
 
-    def _decode_loop(self) -> None:
-        last_tick = time.monotonic()
-        while True:
-            job: tuple[Fill, Decode] | str | None
-            try:
-                job = self._jobs.get(timeout=TICK_S)
-            except queue.Empty:
-                job = "none"
-            if job is None:
-                return
-            if isinstance(job, tuple):
-                self._decode(*job)
-            now = time.monotonic()
-            if now - last_tick >= TICK_S:
-                last_tick = now
-                with self._lock:
-                    for fill in list(self._fills.values()):
-                        self._feed(fill, Tick(), now)
-
-    def _decode(self, fill: Fill, command: Decode) -> None:
-        size = fill.machine.spec.chunk_tokens
-        start = command.chunk * size
-        begin = time.monotonic()
-        event: Event
-        try:
-            if not fill.machine.done:
-                info = inspect_blob(command.blob)
-                if (info.level, info.num_tokens) != (command.level, size):
-                    found = f"{info.num_tokens} tokens at level {info.level!r}"
-                    raise MalformedBlob(f"expected {size} tokens at level {command.level!r}, found {found}")
-                self._runtime.decode_into_pages(command.blob, fill.block_table, start=start, stop=start + size)
-            now = time.monotonic()
-            event = BlobDecoded(chunk=command.chunk, seconds=now - begin)
-        except BlobError as error:
-            now = time.monotonic()
-            self.counters["kv_bad_blobs_total"] += 1
-            event = BlobRejected(chunk=command.chunk, reason=f"{type(error).__name__}: {error}")
-        except Exception as error:
-            log.exception("%s: chunk %d could not be decoded", fill.key, command.chunk)
-            now = time.monotonic()
-            event = BlobRejected(chunk=command.chunk, reason=f"{type(error).__name__}: {error}")
+    def _tick(self) -> float:
+        """Tell the machines the time where they wait for it. Seconds until this is due again."""
+        now = time.monotonic()
         with self._lock:
-            self._feed(fill, event, now)
+            is_tick = now - self._ticked_at >= TICK_S
+            self._ticked_at = now if is_tick else self._ticked_at
+            for fill in list(self._fills.values()):
+                wake_at = fill.machine.wake_at
+                if is_tick or (wake_at is not None and wake_at <= now):
+                    self._feed(fill, ev.Tick(), now)
+            wakes = [f.machine.wake_at for f in self._fills.values() if f.machine.wake_at is not None]
+        return min(TICK_S, max(0.001, min(wakes, default=now + TICK_S) - now))
+
+    def _on_decoded(self, job: Job, outcome: Outcome) -> None:
+        fill: Fill = job.fill
+        command = job.command
+        is_base = isinstance(command, ev.Decode)
+        with self._lock:
+            now = time.monotonic()
+            self.counters["kv_bad_blobs_total"] += outcome.is_bad
+            if self._fills.get(fill.key) is not fill or outcome.was_skipped:
+                pass  # the request ended meanwhile; its pages may be another's as soon as they are unpinned
+            elif outcome.error:
+                rejected = ev.BlobRejected if is_base else ev.RefinementRejected
+                self._feed(fill, rejected(chunk=command.chunk, reason=outcome.error), now)
+            elif outcome.pages is not None:
+                self._owner.put_pages(fill.key, outcome.pages)
+            else:
+                self._owner.chunk_loaded(fill.key, job.start, job.stop, command.level)
+                self._feed(fill, ev.BlobDecoded(chunk=command.chunk, seconds=outcome.seconds), now)
             self._owner.unpin(fill.key)
-
-
-def _stored_sizes(body: dict[str, Any], num_chunks: int) -> tuple[dict[str, int] | None, ...] | None:
-    """The source's list of what it has of each chunk, or None if it makes no sense."""
-    stored = body.get("stored")
-    if not isinstance(stored, list) or len(stored) != num_chunks:
-        return None
-    for sizes in stored:
-        if sizes is not None and not (
-            isinstance(sizes, dict)
-            and all(isinstance(level, str) and type(size) is int and size > 0 for level, size in sizes.items())
-        ):
-            return None
-    return tuple(stored)

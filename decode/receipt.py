@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from decode.fill import TEXT, FillMachine
+from decode.fill import FillMachine
+from decode.fill_chunks import TEXT, ChunkLog
+from decode.replay import plan_of
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,15 +29,15 @@ def build_receipt(
     kv_mode: str,
     prompt_tokens: int,
     chunk_tokens: int,
-    source: str | None,
+    sources: Sequence[str],
     timeline: Timeline,
     fill: FillMachine,
     promised_kl: Mapping[str, float | None],
     ended_at: float,
 ) -> dict[str, Any]:
     """A dictionary of plain values. Times are milliseconds since the worker received the request; the parts of
-    `ttft_ms` add up to it. `levels` and `bytes` count what reached the pages, `received_bytes` all that
-    came. `promised_kl` of the whole is that of its worst level: None if any level promises nothing.
+    `ttft_ms` add up to it. `levels` and `bytes` count what the first token saw, `refined_*` what came later,
+    `received_bytes` all that came.
     """
 
     def since(at: float | None) -> float | None:
@@ -44,45 +46,92 @@ def build_receipt(
     def between(begin: float | None, end: float | None) -> float | None:
         return None if begin is None or end is None else round((end - begin) * 1e3, 3)
 
-    chunks = [
-        {
-            "index": index,
-            "level": log.level or None,
-            "asked_levels": log.asked_levels,
-            "bytes": log.bytes if log.filled_at is not None and log.level != TEXT else 0,
-            "bad_blobs": log.bad_blobs,
-            "asked_ms": since(log.asked_at),
-            "first_part_ms": since(log.first_part_at),
-            "arrived_ms": since(log.arrived_at),
-            "compute_ms": since(log.compute_at),
-            "filled_ms": since(log.filled_at),
-        }
-        for index, log in enumerate(fill.chunks)
-    ]
-    levels = Counter(log.level for log in fill.chunks if log.filled_at is not None)
-    lossy = [promised_kl.get(level) for level in levels if level != TEXT]
+    at_first = [log.first_level or log.level for log in fill.chunks if log.filled_at is not None]
+    at_end = [log.level for log in fill.chunks if log.filled_at is not None]
+    steps = [step for log in fill.chunks for step in log.refinements]
+    last_chunk_at = max((log.filled_at for log in fill.chunks if log.filled_at is not None), default=None)
+    admitted_at, filled_at = timeline.admitted_at, timeline.filled_at
+    last_chunk_at = _within(admitted_at, last_chunk_at, filled_at)
+    opened_at = _within(admitted_at, timeline.opened_at, last_chunk_at)
     return {
         "request_id": request_id,
         "kv_mode": kv_mode,
-        "source": source,
+        "source": sources[0] if sources else None,
+        "sources": list(sources),
         "prompt_tokens": prompt_tokens,
         "chunk_tokens": chunk_tokens,
         "tail_tokens": prompt_tokens - chunk_tokens * len(fill.chunks),
-        "levels": dict(levels),
-        "bytes": sum(chunk["bytes"] for chunk in chunks),
+        "levels": dict(Counter(at_first)),
+        "levels_at_end": dict(Counter(at_end)),
+        "bytes": sum(map(_base_bytes, fill.chunks)) + sum(step.bytes for step in steps if not step.after_tokens),
+        "refined_bytes": sum(step.bytes for step in steps if step.after_tokens),
         "received_bytes": fill.received_bytes,
-        "recomputed_chunks": levels[TEXT],
+        "recomputed_chunks": at_first.count(TEXT),
         "live_prefill": fill.live,
-        "promised_kl": None if None in lossy else max(lossy, default=0.0),  # type: ignore[type-var]
-        "link_mbps": round(fill.link.bytes_per_s(ended_at) * 8e-6, 3) if fill.received_bytes else None,
+        "promised_kl": worst_kl(at_first, promised_kl),
+        "mean_promised_kl": mean_kl(at_first, promised_kl),
+        "link_mbps": round(fill.loader.rate(ended_at) * 8e-6, 3) if fill.received_bytes else None,
         "ttft_ms": between(timeline.received_at, timeline.first_token_at),
         "ttft_parts_ms": {
-            "queue": between(timeline.received_at, timeline.admitted_at),
-            "fill": between(timeline.admitted_at, timeline.filled_at),
-            "tail": between(timeline.filled_at, timeline.first_token_at),
+            "queue": between(timeline.received_at, admitted_at),
+            "open": between(admitted_at, opened_at),
+            "fill": between(opened_at, last_chunk_at),
+            "refine": between(last_chunk_at, filled_at),
+            "tail": between(filled_at, timeline.first_token_at),
         },
         "opened_ms": since(timeline.opened_at),
-        "target_ms": round((fill.spec.deadline - (timeline.admitted_at or timeline.received_at)) * 1e3, 3),
+        "target_ms": round((fill.spec.deadline - (admitted_at or timeline.received_at)) * 1e3, 3),
+        "num_decisions": fill.num_decisions,
         "reasons": [{"at_ms": since(at), "what": what} for at, what in fill.reasons],
-        "chunks": chunks,
+        "plan": plan_of(fill.chunks, chunk_tokens) if fill.ready else None,
+        "chunks": [
+            {
+                "index": index,
+                "level": (log.first_level or log.level) or None,
+                "source": None if log.source is None or log.level == TEXT else sources[log.source],
+                "asked_levels": log.asked_levels,
+                "bytes": _base_bytes(log),
+                "bad_blobs": log.bad_blobs,
+                "asked_ms": since(log.asked_at),
+                "first_part_ms": since(log.first_part_at),
+                "arrived_ms": since(log.arrived_at),
+                "compute_ms": since(log.compute_at),
+                "filled_ms": since(log.filled_at),
+                "decode_ms": between(0.0, log.decode_s),
+                "refinements": [
+                    {
+                        "level": step.level,
+                        "bytes": step.bytes,
+                        "asked_ms": since(step.asked_at),
+                        "applied_ms": since(step.applied_at),
+                        "after_tokens": step.after_tokens,
+                    }
+                    for step in log.refinements
+                ],
+            }
+            for index, log in enumerate(fill.chunks)
+        ],
     }
+
+
+def _base_bytes(log: ChunkLog) -> int:
+    return log.bytes if log.filled_at is not None and log.level != TEXT else 0
+
+
+def _within(low: float | None, value: float | None, high: float | None) -> float | None:
+    """`value` between two others, so that the parts of a time add up; a prompt without chunks has none of its own."""
+    if low is None or high is None:
+        return None
+    return low if value is None else min(max(value, low), high)
+
+
+def worst_kl(levels: Sequence[str], promised_kl: Mapping[str, float | None]) -> float | None:
+    """The bound that holds for the whole: that of the worst chunk. None if a level promises nothing."""
+    kls = [promised_kl.get(level) for level in levels if level != TEXT]
+    return None if None in kls else max(kls, default=0.0)  # type: ignore[type-var]
+
+
+def mean_kl(levels: Sequence[str], promised_kl: Mapping[str, float | None]) -> float | None:
+    """What to expect of the whole: chunks' errors add up to first order, each in proportion to its tokens."""
+    kls = [0.0 if level == TEXT else promised_kl.get(level) for level in levels]
+    return None if None in kls else sum(kls) / max(len(kls), 1)  # type: ignore[arg-type]

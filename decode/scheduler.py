@@ -33,6 +33,8 @@ class Sequence:
     work: tuple[int, int] | None = None
     work_chunk: int | None = None
     output: list[int] = field(default_factory=list)
+    itl_s: float = 0.1
+    is_held: bool = False  # its next token waits for pages to be refined
     pins: int = 0  # users of the pages (a forward pass, a decoding blob): they are freed only when nobody is left
 
     @property
@@ -79,6 +81,19 @@ class Scheduler:
     def in_phase(self, phase: Phase) -> list[Sequence]:
         return [sequence for sequence in self._sequences.values() if sequence.phase is phase]
 
+    @property
+    def is_any_running(self) -> bool:
+        return any(sequence.phase is Phase.RUNNING for sequence in self._sequences.values())
+
+    def work_before(self, sequence: Sequence) -> list[tuple[int, int]]:
+        """Prompt tokens [start, stop) of others that are computed before this sequence's turn comes."""
+        ours = (sequence.deadline, sequence.arrival)
+        return [
+            other.work
+            for other in self._sequences.values()
+            if other.work is not None and (other.deadline, other.arrival) < ours
+        ]
+
     def remove(self, key: str) -> None:
         self._sequences.pop(key).phase = Phase.ENDED
 
@@ -86,6 +101,8 @@ class Scheduler:
         """The rows of the next step: every running sequence, then at most `prompt_tokens` tokens of prompts."""
         rows = []
         for sequence in self.in_phase(Phase.RUNNING):
+            if sequence.is_held:
+                continue
             last = sequence.num_tokens - 1
             rows.append(Row(sequence=sequence, start=last, stop=last + 1, sample=True))
         waiting = [sequence for sequence in self._sequences.values() if sequence.work is not None]

@@ -16,7 +16,8 @@ class SLOPolicy:
     ttft_s: target for the first token, seconds from admission; 0 means as fast as possible.
     itl_s: target for the gap between tokens; bounds how much prompt is computed between two decode steps.
     levels: codec levels the controller may use, best first ("raw" may be among them).
-    floor: the coarsest level allowed, one of `levels`. ceiling: the best one sent before the first token; None: the first.
+    floor: the coarsest level allowed, one of `levels`. ceiling: the best one sent before the first token; None: the
+        first.
     refine_to: what chunks are refined to after the first token, while the link has room; None: not at all.
     allow_recompute: whether chunks may be computed from text on the decode worker while others load.
     max_recompute_share: of a prompt's chunks, 0 to 1, as long as a source can be had.

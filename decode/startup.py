@@ -2,9 +2,29 @@
 
 from __future__ import annotations
 
+import time
+
+from codec.levels import LevelKind
 from codec.profile import Profile
+from decode.admission import WorkerLimits
 from decode.estimator import ComputeEstimator
+from prefill.block_allocator import blocks_for
+from prefill.engine import SequenceSlice
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime
+
+
+def worker_limits(runtime: ModelRuntime, chunk_tokens: int) -> WorkerLimits:
+    """What this worker can hold and knows."""
+    return WorkerLimits(
+        max_context=runtime.model.max_context,
+        vocab_size=runtime.model.vocab_size,
+        max_blocks=runtime.pool.num_blocks,
+        block_tokens=BLOCK_TOKENS,
+        chunk_tokens=chunk_tokens,
+        chunk_bytes=predicted_chunk_bytes(runtime, chunk_tokens),
+        nested=nested_levels(runtime.profile),
+        exact=exact_levels(runtime.profile),
+    )
 
 
 def predicted_chunk_bytes(runtime: ModelRuntime, chunk_tokens: int) -> dict[str, float]:
@@ -14,16 +34,55 @@ def predicted_chunk_bytes(runtime: ModelRuntime, chunk_tokens: int) -> dict[str,
     return {level: values * runtime.profile.bits_per_value[level] / 8 for level in runtime.profile.level_names}
 
 
+def nested_levels(profile: Profile) -> frozenset[str]:
+    """The levels of which a finer one continues a coarser one."""
+    return frozenset(level.name for level in profile.levels if level.kind is LevelKind.QUANTIZED)
+
+
+def exact_levels(profile: Profile) -> frozenset[str]:
+    """The levels that lose nothing."""
+    return frozenset(level.name for level in profile.levels if level.kind is not LevelKind.QUANTIZED)
+
+
 def promised_kl(profile: Profile) -> dict[str, float | None]:
     """The KL divergence that each level promises, nats a token; None where nothing was measured."""
     return {level: profile.promise[level].kl for level in profile.level_names}
 
 
 def measure_compute(runtime: ModelRuntime, chunk_tokens: int) -> ComputeEstimator:
-    """Two timed slices at start-up: one at the beginning, one far into the context, as far as the pages reach."""
+    """Timed slices at start-up: a chunk and a few tokens, at the beginning and far into the context, as far as the
+    pages reach."""
     room = min(runtime.model.max_context, runtime.pool.num_blocks * BLOCK_TOKENS)
     tokens = min(chunk_tokens, room // 2)
     far = max(tokens, room // 2 - tokens)
+    few = max(1, tokens // 16)
     runtime.time_slice(min(16, room), 0)  # the first forward pass of a process is slow
-    near_s, far_s = runtime.time_slice(tokens, 0), runtime.time_slice(tokens, far)
-    return ComputeEstimator.from_two_slices((tokens, 0, near_s), (tokens, far, far_s))
+
+    def timed(num_tokens: int, start: int) -> tuple[int, int, float]:
+        return num_tokens, start, runtime.time_slice(num_tokens, start)
+
+    return ComputeEstimator.from_slices(
+        timed(tokens, 0), timed(tokens, far), short_near=timed(few, 0), short_far=timed(few, far)
+    )
+
+
+def measure_decode(runtime: ModelRuntime, chunk_tokens: int) -> dict[str, float]:
+    """Seconds to decode one chunk into pages, by level, on the KV of some tokens."""
+    tokens = min(chunk_tokens, runtime.model.max_context, runtime.pool.num_blocks * BLOCK_TOKENS)
+    table = runtime.allocator.allocate(blocks_for(tokens, BLOCK_TOKENS))
+    seconds: dict[str, float] = {}
+    try:
+        token_ids = [token % runtime.model.vocab_size for token in range(tokens)]
+        runtime.engine.forward([SequenceSlice(token_ids=token_ids, start=0, block_table=table)])
+        k, v = runtime.pool.read(table, 0, tokens)
+        for level in runtime.profile.level_names:
+            blob = runtime.encode(k, v, start=0, level=level)
+            times = []
+            for _ in range(2):
+                begin = time.perf_counter()
+                runtime.decode_into_pages(blob, table, start=0, stop=tokens)
+                times.append(time.perf_counter() - begin)
+            seconds[level] = min(times) * chunk_tokens / tokens
+    finally:
+        runtime.allocator.free(table)
+    return seconds

@@ -12,13 +12,17 @@ import json
 import math
 import os
 import socket
-from collections.abc import Iterator
+from enum import StrEnum
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
+
+from scripts.cli_errors import clean_errors, err, fail
+from scripts.explain_command import explain
+from scripts.simulate_command import simulate
 
 app = typer.Typer(
     help="LLM serving with prefill and decode on different workers and the KV cache streamed between them.",
@@ -27,25 +31,15 @@ app = typer.Typer(
     add_completion=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-err = Console(stderr=True, highlight=False, soft_wrap=True)
 
 SERVE, TRAFFIC, TRACE, REPORT = "Serving", "Traffic", "Trace replay", "Report"
 
 
-def fail(message: str) -> NoReturn:
-    """One message and exit code 2."""
-    err.print("error: ", style="bold red", end="")
-    err.print(message, markup=False)
-    raise typer.Exit(2)
+class SchemaOf(StrEnum):
+    """The files that users write."""
 
-
-@contextlib.contextmanager
-def clean_errors(*kinds: type[Exception]) -> Iterator[None]:
-    """Turns errors that a user can put right into one message and exit code 2."""
-    try:
-        yield
-    except kinds as error:
-        fail(str(error))
+    POLICY = "policy"
+    SERVE = "serve"
 
 
 def check_environment() -> None:
@@ -103,7 +97,9 @@ def serve(
     address: Annotated[
         str | None, typer.Option(help="local: a Ray of its own (default); auto or HOST:PORT: a running cluster.")
     ] = None,
-    policy: Annotated[Path | None, typer.Option(help="SLO policy, YAML; see examples/policy-*.yaml.")] = None,
+    policy: Annotated[
+        Path | None, typer.Option(help="SLO policy, YAML, reread when it changes; see examples/policy-*.yaml.")
+    ] = None,
     num_prefill: Annotated[int | None, typer.Option(help="Prefill workers. Default: 1.", min=0)] = None,
     num_decode: Annotated[int | None, typer.Option(help="Decode workers. Default: 1.", min=1)] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 (default) or float32.")] = None,
@@ -287,6 +283,21 @@ def calibrate(
             progress=lambda what, share: bars.update(bar, description=what, completed=share),
         )
     err.print(f"written to {out}", markup=False)
+
+
+app.command()(explain)
+app.command()(simulate)
+
+
+@app.command()
+def schema(
+    file: Annotated[SchemaOf, typer.Argument(help="Which file: policy or serve.")] = SchemaOf.POLICY,
+) -> None:
+    """Print the JSON Schema of a policy file or a serve file, for editors and for checks of your own."""
+    from cluster.config import serve_json_schema
+    from cluster.policy_schema import policy_json_schema
+
+    typer.echo(json.dumps(policy_json_schema() if file is SchemaOf.POLICY else serve_json_schema(), indent=2))
 
 
 @app.command("version")

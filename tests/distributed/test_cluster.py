@@ -14,8 +14,9 @@ import pytest
 import ray
 from openai import OpenAI
 
-from cluster.config import BUNDLED_MODEL, ServeConfig, StartRefused
-from cluster.launch import _check_room, running_cluster
+from cluster.config import BUNDLED_MODEL, ServeConfig, StartRefused, load_config
+from cluster.launch import _check_room, policy_keeper, running_cluster
+from cluster.policy_reload import POLICY_NUMBER
 from decode.slo import SLOPolicy
 from prefill.engine import generate_greedy
 from prefill.runtime import load_runtime
@@ -104,6 +105,25 @@ def test_metrics_and_health(cluster) -> None:
     assert 'kvstream_store_chunks{worker="prefill-1",role="prefill"}' in text
     assert 'kvstream_kv_cache_usage_perc{worker="decode-0",role="decode"}' in text
     assert httpx.get(f"{cluster.base_url}/health").json()["status"] == "ok"
+
+
+def test_a_changed_policy_file_reaches_the_decode_workers(cluster, tmp_path) -> None:
+    path, lines = tmp_path / "policy.yaml", []
+    path.write_text("ttft_ms: 20000\n")  # as the cluster was started with
+    keeper = policy_keeper(load_config(None, policy=path), cluster, say=lines.append)
+    decoders = [actor for name, actor in cluster.workers.items() if name.startswith("decode")]
+
+    def change(text: str, now: float) -> set[float]:
+        path.write_text(text)
+        keeper.tick(now)
+        keeper.tick(now + 1.0)
+        return {stats[POLICY_NUMBER] for stats in ray.get([d.stats.remote() for d in decoders], timeout=60)}
+
+    assert change("ttft_ms: 7000\n", 10.0) == {1}
+    assert ask_all(cluster.base_url, [prompt(300, seed=6)], max_tokens=1)[0].receipt["target_ms"] == 7000
+    assert change("ttft_ms: soon\n", 20.0) == {1}
+    assert "policy 1 stays" in lines[-1]
+    assert change("ttft_ms: 20000\n", 30.0) == {2}
 
 
 def test_a_controller_that_restarts_is_not_noticed(cluster, alone) -> None:

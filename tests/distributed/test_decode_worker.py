@@ -12,9 +12,11 @@ from typing import Any
 import pytest
 from pair import Pair, make_runtime, running_pair
 
-import decode.worker
+import decode.engine_loop
+import decode.fill_sources
 from codec.errors import ChecksumMismatch
 from decode.puller import KVPuller
+from decode.requests import RequestRefused
 from decode.slo import SLOPolicy
 from decode.worker import DecodeWorker
 from prefill.engine import Engine
@@ -174,28 +176,28 @@ def test_a_step_that_fails_ends_its_requests_alone(pair: Pair, monkeypatch: pyte
     assert pair.ask(good)[0] == pair.reference(good, 8)
 
 
-@pytest.mark.parametrize("where", ["sample", "_emit"])
+@pytest.mark.parametrize("where", ["sample", "token_drawn"])
 def test_a_bug_in_one_row_ends_that_request_alone(pair: Pair, where: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows before and after it in the same batch go on, and no page is counted twice or lost."""
     prompts = [prompt(20 + i, 10 + i) for i in range(3)]
     if where == "sample":
-        sample = decode.worker.sample
+        sample = decode.engine_loop.sample
 
         def failing_sample(logits: Any, sampling: Any, *args: Any) -> int:
             if sampling.seed == 13:
                 raise ValueError("unlucky")
             return sample(logits, sampling, *args)
 
-        monkeypatch.setattr(decode.worker, "sample", failing_sample)
+        monkeypatch.setattr(decode.engine_loop, "sample", failing_sample)
     else:
-        emit = DecodeWorker._emit
+        token_drawn = DecodeWorker.token_drawn
 
-        def failing_emit(worker: DecodeWorker, sequence: Any, token: int) -> None:
+        def failing(worker: DecodeWorker, sequence: Any, *args: Any) -> None:
             if sequence.request.sampling.seed == 13 and len(sequence.output) == 3:
                 raise ValueError("unlucky")
-            emit(worker, sequence, token)
+            token_drawn(worker, sequence, *args)
 
-        monkeypatch.setattr(DecodeWorker, "_emit", failing_emit)
+        monkeypatch.setattr(DecodeWorker, "token_drawn", failing)
     bodies = [pair.body(p, max_tokens=12) for p in prompts]
     bodies[1]["request"]["sampling"]["seed"] = 13
     first, bad, last = pair.ask_all(bodies)
@@ -246,6 +248,8 @@ def test_a_bug_while_loading_ends_that_request(pair: Pair, monkeypatch: pytest.M
 
 
 def test_a_transfer_that_cannot_be_opened_leaves_the_text(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decode.fill_sources, "OPEN_TIMEOUT_S", 0.5)  # how long it is tried again
+
     def full(*_: Any, **__: Any) -> str:
         raise TooMuch("256 transfers are open")
 
@@ -270,19 +274,21 @@ def test_a_source_that_was_given_up_is_told_so(pair: Pair, monkeypatch: pytest.M
     monkeypatch.setattr(Engine, "forward", slow)
     monkeypatch.setattr(PrefillWorker, "_blob", lambda *_: None)
     body = pair.body(prompt(4 * CHUNK + 3, seed=43))
-    asking = threading.Thread(target=submit, args=(pair, body))
+    events: list[dict[str, Any]] = []
+    asking = threading.Thread(target=lambda: events.extend(submit(pair, body)))
     asking.start()
     until(lambda: pair.decode._scheduler.all() and pair.decode._scheduler.all()[0].work == (2 * CHUNK, 3 * CHUNK))
     until(lambda: not pair.prefill._transfers)
+    assert not events, "it was told only when the request had ended"
     gate.set()
     asking.join(LATEST_S)
-    assert not asking.is_alive()
+    assert "finished" in events[-1]
 
 
 def test_a_stream_number_in_use_is_refused(pair: Pair) -> None:
     body = pair.body(prompt(20, 44), max_tokens=400)
     pair.decode._on_submit("somebody/1", body)
-    with pytest.raises(decode.worker.RequestRefused):
+    with pytest.raises(RequestRefused):
         pair.decode._accept("somebody/1", body)
     pair.decode._on_cancel("somebody/1")
 
@@ -301,7 +307,7 @@ def test_shutdown_ends_a_long_answer_at_once() -> None:
         running.decode._on_submit("somebody/1", running.body(prompt(20, 50), max_tokens=3000))
         until(lambda: running.decode.stats()["decode_generated_tokens_total"] > 2)
         running.decode.shutdown()
-        assert not running.decode._engine_thread.is_alive()
+        assert not running.decode._engine.is_alive
         assert not running.decode.is_alive
 
 
@@ -313,7 +319,7 @@ def test_a_worker_without_its_engine_says_so(monkeypatch: pytest.MonkeyPatch) ->
         def broken() -> None:
             raise AssertionError("a bug of ours")
 
-        monkeypatch.setattr(running.decode, "_slice_tokens", broken)
+        monkeypatch.setattr(running.decode._engine, "_slice_tokens", broken)
         running.decode._on_submit("somebody/1", running.body(prompt(20, 51)))
         until(lambda: not running.decode.is_alive)
 

@@ -1,8 +1,9 @@
 """Random operations on a prefill and a decode worker over real sockets; at the end nothing may be left anywhere.
 
 Requests of all modes are submitted and cancelled at random moments, short and long prompts, shared and new ones, with a
-store too small for what is asked; sources are shut down in the middle and new ones come. Every stream has to end,
-exact answers have to be exact, and no page, transfer, lease or thread may remain. A failing seed is in the test's name.
+store too small for what is asked; plans of earlier receipts are followed. Sources are shut down in the middle and new
+ones come, slow links to them are cut. Every stream has to end, exact answers have to be exact, a followed plan has to
+give the same tokens, and no page, transfer, lease or thread may remain. A failing seed is in the test's name.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from decode.slo import SLOPolicy
 from prefill.runtime import ModelRuntime
 from prefill.worker import PrefillWorker
 from transport.errors import StreamError
+from transport.shaper import Shaper
 from transport.stream_client import StreamClient
 
 CHUNK = 32
@@ -39,6 +41,7 @@ class Outcome:
     max_tokens: int
     tokens: list[int] = field(default_factory=list)
     end: dict[str, Any] | None = None  # None: cancelled
+    follows: Outcome | None = None  # the plan of that one's receipt
 
 
 class Chaos:
@@ -47,6 +50,8 @@ class Chaos:
         self.documents = [self.prompt(self.rng.randrange(1, 12 * CHUNK)) for _ in range(4)]
         self.runtimes: list[ModelRuntime] = []
         self.old_sources: list[PrefillWorker] = []
+        self.links: list[Shaper] = []  # slow ones, the last of them to the source of now
+        self.done: list[Outcome] = []
 
     def prompt(self, length: int) -> list[int]:
         return [self.rng.randrange(3, 512) for _ in range(length)]
@@ -64,6 +69,8 @@ class Chaos:
                 for number in range(NUM_REQUESTS):
                     tasks.append(asyncio.create_task(self.one(client, number)))
                     await asyncio.sleep(self.rng.choice([0.0, 0.0, 0.01, 0.05]))
+                    if number % 9 == 5:
+                        await asyncio.to_thread(self.links[-1].cut, self.rng.choice([0.0, 0.05, 0.3]))
                     if number in (NUM_REQUESTS // 3, 2 * NUM_REQUESTS // 3):
                         await asyncio.to_thread(self.replace_source)
                 return await asyncio.gather(*tasks)
@@ -81,13 +88,21 @@ class Chaos:
         )
         if outcome.mode == "auto":
             outcome.floor = rng.choice([None, "lossless", "raw", "q2"])
+        if self.done and rng.random() < 0.2:
+            first = outcome.follows = rng.choice(self.done)
+            outcome.token_ids, outcome.max_tokens = first.token_ids, first.max_tokens
+            outcome.mode, outcome.floor = "auto", None
+        endpoints = rng.sample([self.pair.prefill.endpoint, self.links[-1].endpoint], rng.choice([1, 1, 2]))
+        if outcome.mode == "auto" and outcome.follows is None and rng.random() < 0.1:
+            endpoints = []
         body = self.pair.body(
             outcome.token_ids,
             max_tokens=outcome.max_tokens,
             kv_mode=outcome.mode,
             floor=outcome.floor,
             ttft_s=rng.choice([None, 0.0, 0.05, 5.0]),
-            with_source=outcome.mode in (*EXACT, "q1", "q3") or rng.random() < 0.9,
+            endpoints=endpoints,
+            plan=outcome.follows.end["finished"]["receipt"]["plan"] if outcome.follows else None,
             request_id=f"request-{number % 30}",  # some come twice
         )
         patience_s = rng.choice([0.0, 0.001, 0.02, 0.1, 0.3]) if rng.random() < 0.4 else LATEST_S
@@ -102,6 +117,8 @@ class Chaos:
             outcome.end = None
         except StreamError as error:
             raise AssertionError(f"request {number}: {error}") from error
+        if outcome.end is not None and "finished" in outcome.end:
+            self.done.append(outcome)
         return outcome
 
     def replace_source(self) -> None:
@@ -109,6 +126,11 @@ class Chaos:
         self.old_sources.append(self.pair.prefill)
         self.pair.prefill.shutdown()
         self.pair.prefill = PrefillWorker(make_runtime(num_blocks=64), store_bytes=600_000)
+        self.links.append(Shaper(self.pair.prefill.endpoint, rate_mbps=20))
+
+    def close(self) -> None:
+        for link in self.links:
+            link.stop()
 
 
 def judge(chaos: Chaos, outcomes: list[Outcome]) -> None:
@@ -122,24 +144,32 @@ def judge(chaos: Chaos, outcomes: list[Outcome]) -> None:
             levels = set(receipt["levels"])
             if outcome.mode not in ("auto", "text"):
                 assert levels <= {outcome.mode} or not receipt["source"], receipt
-            if levels <= EXACT:
+            if outcome.follows is not None:
+                assert outcome.tokens == outcome.follows.tokens, (outcome, outcome.follows)
+            if levels <= EXACT and set(receipt["levels_at_end"]) <= EXACT:
                 expected = chaos.pair.reference(outcome.token_ids, outcome.max_tokens)
                 assert outcome.tokens == expected, outcome
             if outcome.floor == "lossless":
                 assert levels <= EXACT, receipt
         else:
-            # Only who insists on a level may fail, and only because a source went away.
-            assert outcome.mode not in ("auto", "text"), (outcome.number, end)
-            assert end.get("failed", {}).get("code") == "kv_transfer_failed", (outcome.number, end)
+            # Only who insists on a level or a plan may fail, and only because a source went away.
+            assert outcome.mode not in ("auto", "text") or outcome.follows is not None, (outcome.number, end)
+            code = "kv_transfer_failed" if outcome.follows is None else "plan_not_followed"
+            assert end.get("failed", {}).get("code") == code, (outcome.number, end)
 
 
 @pytest.mark.parametrize("seed", [1, 2, 3])
-def test_random_operations_leave_nothing_behind(seed: int) -> None:
+def test_random_operations_leave_nothing_behind(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in ("fill", "fill_sources"):
+        monkeypatch.setattr(f"decode.{module}.OPEN_TIMEOUT_S", 2.0)  # instead of ten, for a source that is gone
     threads = set(threading.enumerate())
-    with running_pair(policy=SLOPolicy(ttft_s=0.2), chunk_tokens=CHUNK, num_blocks=96) as pair:
+    with running_pair(policy=SLOPolicy(ttft_s=0.2, floor="q3"), chunk_tokens=CHUNK, num_blocks=96) as pair:
         chaos = Chaos(pair, seed)
         chaos.replace_source()  # the first has the small store too
-        outcomes = asyncio.run(chaos.run())
+        try:
+            outcomes = asyncio.run(chaos.run())
+        finally:
+            chaos.close()
         pair.check()
         pair.prefill.check_integrity()
         assert not pair.prefill._transfers and not pair.decode._requests and not pair.decode._ended

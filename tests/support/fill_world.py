@@ -1,4 +1,7 @@
-"""A virtual-time world around one FillMachine: a link with a rate over time, a source, one core that computes."""
+"""A virtual-time world around one FillMachine: links with a rate over time, sources, one core that computes.
+
+Simpler than the cluster's simulator on purpose (no protocol, whole parts): what it shows is the machine alone.
+"""
 
 from __future__ import annotations
 
@@ -7,27 +10,31 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from decode.estimator import CodecEstimator, ComputeEstimator, LinkEstimator
-from decode.fill import ChunkState, FillMachine, FillSpec
-from decode.fill_events import (
-    Ask,
-    BlobArrived,
-    BlobDecoded,
-    ChunkComputed,
-    Command,
-    Compute,
-    Decode,
-    Fail,
-    Opened,
-    PartArrived,
-    Ready,
-    Tick,
-    Withdraw,
-)
+from decode import fill_events as ev
+from decode.estimator import CodecEstimator, ComputeEstimator
+from decode.fill import FillMachine
+from decode.fill_chunks import ChunkState
+from decode.fill_loading import FillSpec
+from decode.link_scheduler import LinkScheduler
+from decode.replay import Replay
+from prefill.chunks import split_level
 
 PART_BYTES = 64 * 1024
-SIZES = {"raw": 1_572_864, "lossless": 1_100_000, "q1": 300_000, "q2": 200_000, "q3": 150_000, "q4": 110_000}
+SIZES = {"raw": 1_572_864, "lossless": 1_100_000, "q1": 138_000, "q2": 60_000, "q3": 22_000}
 LEVELS = tuple(SIZES)
+NESTED = frozenset({"q1", "q2", "q3"})
+
+
+@dataclass
+class Pipe:
+    """One source and its link: sends what it was asked for, base chunks before refinements, one part after another."""
+
+    rate: Callable[[float], float]
+    stored: bool = True
+    wishes: list[tuple[int, int, int, str]] = field(default_factory=list)  # (kind, order, chunk, level)
+    sending: tuple[int, str, int] | None = None
+    part_began: float = 0.0
+    is_up: bool = True
 
 
 @dataclass
@@ -35,9 +42,11 @@ class World:
     """Runs one fill to its end. `rate(now)` is the link in bytes a second; nothing tells the machine about it."""
 
     rate: Callable[[float], float]
+    more_rates: tuple[Callable[[float], float], ...] = ()
     num_chunks: int = 13
     chunk_tokens: int = 256
     levels: tuple[str, ...] = LEVELS
+    refine_levels: tuple[str, ...] = ()
     ttft_s: float = 0.0
     tail_s: float = 0.03
     token_s: float = 2.5e-4
@@ -45,127 +54,222 @@ class World:
     decode_s: float = 0.004
     may_load: bool = True
     may_compute: bool = True
+    max_compute: int | None = None
     stored: bool = True
     prior_rate: float | None = None
+    infeasible: str = "best_effort"
+    replay: Replay | None = None
     live_chunk_s: float = 0.0  # a live source has chunk i this long after chunk i - 1
-    part_limit: Callable[[int, str], bytes | None] | None = None
+    token_every_s: float = 0.02  # after the first token
     now: float = 0.0
     events: list[tuple[float, int, Any]] = field(default_factory=list)
-    log: list[tuple[float, Command]] = field(default_factory=list)
+    log: list[tuple[float, ev.Command]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.counter = 0
-        self.queue: list[tuple[int, str]] = []  # what the source has been asked for and not begun
-        self.sending: tuple[int, str, int] | None = None
-        self.link = LinkEstimator(self.prior_rate if self.prior_rate is not None else self.rate(0.0))
+        self.links = LinkScheduler()
+        self.pipes = [Pipe(rate, stored=self.stored) for rate in (self.rate, *self.more_rates) if self.may_load]
         self.compute = ComputeEstimator(self.token_s, 0.0)
         self.codec = CodecEstimator(self.decode_s)
         self.sent_bytes = 0
         self.decoder_free_at = 0.0
+        self.ready_at: float | None = None
+        self.pages: dict[int, str] = {}
 
-    def _at(self, delay_s: float, event: Any) -> None:
+    def at(self, delay_s: float, event: Any) -> None:
         self.counter += 1
         heapq.heappush(self.events, (self.now + delay_s, self.counter, event))
 
-    def run(self, limit_s: float = 600.0) -> FillMachine:
+    def make(self) -> FillMachine:
         spec = FillSpec(
             num_chunks=self.num_chunks,
             chunk_tokens=self.chunk_tokens,
             levels=self.levels,
-            chunk_bytes={level: float(SIZES[level]) for level in self.levels},
+            chunk_bytes={level: float(size) for level, size in SIZES.items()},
+            nested=NESTED,
+            exact=frozenset(SIZES) - NESTED,
+            refine_levels=self.refine_levels,
             deadline=self.ttft_s,
             tail_s=self.tail_s,
-            may_load=self.may_load,
             may_compute=self.may_compute,
+            max_compute=self.max_compute,
+            infeasible=self.infeasible,
+            replay=self.replay,
         )
-        machine = FillMachine(spec, now=0.0, link=self.link, compute=self.compute, codec=self.codec)
-        self.machine = machine
+        shares = []
+        for index, pipe in enumerate(self.pipes):
+            prior = self.prior_rate if self.prior_rate is not None else pipe.rate(0.0)
+            shares.append(self.links.join(f"source-{index}", deadline=self.ttft_s, prior_bytes_per_s=prior))
+        return FillMachine(spec, now=0.0, sources=shares, compute=self.compute, codec=self.codec)
+
+    def run(self, limit_s: float = 600.0) -> FillMachine:
+        machine = self.machine = self.make()
         self._carry_out(machine.start(0.0))
-        if self.may_load:
-            self._at(
-                self.latency_s,
-                Opened(stored_bytes=tuple({} if self.stored else None for _ in range(self.num_chunks))),
-            )
-        self._at(0.02, Tick())
-        while self.events:
+        self.at(0.02, ev.Tick())
+        while self.events and not machine.done:
             self.now, _, event = heapq.heappop(self.events)
             assert self.now < limit_s, "the fill hangs"
-            if event == "part":
-                self._part_sent()
+            if callable(event):
+                event()
                 continue
-            if isinstance(event, Tick) and not machine.done:
-                self._at(0.02, Tick())
-            self._carry_out(machine.handle(event, self.now))
-            if machine.done:
-                return machine
-        raise AssertionError(f"the fill stopped without an end: {machine.chunks}")
+            if type(event) is ev.Tick:
+                self.at(0.02, ev.Tick())
+            self.tell(event)
+        assert machine.done, f"the fill stopped without an end: {machine.chunks}"
+        machine.check_integrity()
+        return machine
 
-    def _carry_out(self, commands: list[Command]) -> None:
+    @property
+    def ttft_s_reached(self) -> float:
+        """The time at which the tail could begin, and what it takes."""
+        assert self.ready_at is not None
+        return self.ready_at + self.tail_s
+
+    def tell(self, event: ev.Event) -> None:
+        self._carry_out(self.machine.handle(event, self.now))
+        wake_at = self.machine.wake_at
+        if wake_at is not None and wake_at > self.now:
+            self.at(wake_at - self.now, lambda: self._carry_out(self.machine.handle(ev.Tick(), self.now)))
+
+    def _carry_out(self, commands: list[ev.Command]) -> None:
         for command in commands:
             self.log.append((self.now, command))
             match command:
-                case Ask():
-                    self.queue = [item for item in self.queue if item[0] != command.chunk]
-                    self.queue.append((command.chunk, command.level))
-                    if self.sending is None:
-                        self._send_next(self.latency_s)
-                case Withdraw():
-                    self.queue = [item for item in self.queue if item[0] != command.chunk]
-                    if self.sending is not None and self.sending[0] == command.chunk:
-                        self.sending = None
-                        self._send_next()
-                case Decode():
+                case ev.Open():
+                    pipe = self.pipes[command.source]
+                    if pipe.is_up:
+                        stored = tuple({} if pipe.stored else None for _ in range(self.num_chunks))
+                        self.at(self.latency_s, ev.Opened(source=command.source, stored_bytes=stored))
+                case ev.Ask():
+                    self._ask(command)
+                case ev.Withdraw():
+                    pipe = self.pipes[command.source]
+                    pipe.wishes = [wish for wish in pipe.wishes if wish[2] != command.chunk]
+                    if pipe.sending is not None and pipe.sending[0] == command.chunk:
+                        pipe.sending = None
+                        self._send_next(command.source)
+                case ev.Decode():
                     self.decoder_free_at = max(self.decoder_free_at, self.now) + self.decode_s  # one decoder thread
-                    self._at(self.decoder_free_at - self.now, BlobDecoded(chunk=command.chunk, seconds=self.decode_s))
-                case Compute():
+                    self.at(self.decoder_free_at - self.now, self._decoded(command))
+                case ev.Refine():
+                    self.decoder_free_at = max(self.decoder_free_at, self.now) + self.decode_s
+                    self.at(self.decoder_free_at - self.now, self._refined(command))
+                case ev.Compute():
                     below = self.machine.chunks[: command.chunk]
                     assert all(log.state is ChunkState.FILLED for log in below), "computed above a hole"
-                    self._at(self.token_s * self.chunk_tokens, ChunkComputed(chunk=command.chunk))
-                case Ready() | Fail():
+                    self.at(self.token_s * self.chunk_tokens, ev.ChunkComputed(chunk=command.chunk))
+                case ev.Ready():
+                    assert all(log.state is ChunkState.FILLED for log in self.machine.chunks)
+                    assert self.ready_at is None
+                    self.ready_at = self.now
+                case ev.Fail():
                     pass
 
-    def _send_next(self, latency_s: float = 0.0) -> None:
-        if self.queue:
-            chunk, level = self.queue.pop(0)
-            self.sending = (chunk, level, 0)
-            self._start_part(max(latency_s, (chunk + 1) * self.live_chunk_s - self.now))
+    def _decoded(self, command: ev.Decode) -> Callable[[], None]:
+        def done() -> None:
+            self.pages[command.chunk] = command.level
+            self.tell(ev.BlobDecoded(chunk=command.chunk, seconds=self.decode_s))
 
-    def _start_part(self, extra_s: float = 0.0) -> None:
-        assert self.sending is not None
-        _, level, sent = self.sending
-        part = min(PART_BYTES, SIZES[level] - sent)
+        return done
+
+    def _refined(self, command: ev.Refine) -> Callable[[], None]:
+        def done() -> None:
+            if self.ready_at is None:
+                tokens = 0
+            else:
+                tokens = 1 + max(0, int((self.now - self.ttft_s_reached) / self.token_every_s))
+            if command.after_tokens is not None:
+                tokens = command.after_tokens
+            elif self.ready_at is not None and self.now < self.ttft_s_reached:
+                return self.at(self.ttft_s_reached - self.now, done)  # not during the tail
+            if command.coarse is not None:
+                assert len(command.coarse) == SIZES[self.pages[command.chunk]], "refined what is not in the pages"
+            self.pages[command.chunk] = command.level
+            blob = bytes(SIZES[command.level]) if command.level in NESTED else None
+            self.tell(ev.Refined(chunk=command.chunk, seconds=self.decode_s, after_tokens=tokens, blob=blob))
+            return None
+
+        return done
+
+    def _ask(self, command: ev.Ask) -> None:
+        pipe = self.pipes[command.source]
+        if pipe.sending is not None and pipe.sending[0] == command.chunk:
+            return  # too late to amend
+        pipe.wishes = [wish for wish in pipe.wishes if wish[2] != command.chunk]
+        self.counter += 1
+        pipe.wishes.append((command.kind, self.counter, command.chunk, command.level))
+        if pipe.sending is None:
+            self._send_next(command.source, self.latency_s)
+
+    def _send_next(self, source: int, latency_s: float = 0.0) -> None:
+        pipe = self.pipes[source]
+        if pipe.wishes and pipe.is_up:
+            wish = min(pipe.wishes)
+            pipe.wishes.remove(wish)
+            pipe.sending = (wish[2], wish[3], 0)
+            self._start_part(source, max(latency_s, (wish[2] + 1) * self.live_chunk_s - self.now))
+
+    def size(self, level: str) -> int:
+        have, level = split_level(level)
+        return SIZES[level] - (SIZES[have] if have is not None else 0)
+
+    def _start_part(self, source: int, extra_s: float = 0.0) -> None:
+        pipe = self.pipes[source]
+        assert pipe.sending is not None
+        _, level, sent = pipe.sending
+        part = min(PART_BYTES, self.size(level) - sent)
         end, left = self.now + extra_s, float(part)
         while left > 1e-3:  # a rate that changes while the part is on its way
-            step = min(0.02, left / max(self.rate(end), 1.0))
-            left -= step * max(self.rate(end), 1.0)
+            step = min(0.02, left / max(pipe.rate(end), 1.0))
+            left -= step * max(pipe.rate(end), 1.0)
             end += step
             if end > self.now + 60:
                 break
-        self.part_began = self.now + extra_s
-        self._at(end - self.now, "part")
+        pipe.part_began = self.now + extra_s
+        sending = pipe.sending
+        self.at(end - self.now, lambda: self._part_sent(source, sending))
 
-    def _part_sent(self) -> None:
-        if self.sending is None:
+    def _part_sent(self, source: int, sending: tuple[int, str, int]) -> None:
+        pipe = self.pipes[source]
+        if pipe.sending is not sending or not pipe.is_up:
             return
-        chunk, level, sent = self.sending
-        part = min(PART_BYTES, SIZES[level] - sent)
+        chunk, level, sent = sending
+        total = self.size(level)
+        part = min(PART_BYTES, total - sent)
         sent += part
         self.sent_bytes += part
-        total = SIZES[level]
-        arrived = PartArrived(
+        arrived = ev.PartArrived(
+            source=source,
             chunk=chunk,
             level=level,
             received_bytes=sent,
             total_bytes=total,
             part_bytes=part,
-            wire_s=self.now - self.part_began,
+            wire_s=self.now - pipe.part_began,
         )
         if sent == total:
-            self.sending = None
-            self._send_next()
+            pipe.sending = None
+            self._send_next(source)
         else:
-            self.sending = (chunk, level, sent)
-            self._start_part()
-        self._carry_out(self.machine.handle(arrived, self.now))
+            pipe.sending = (chunk, level, sent)
+            self._start_part(source)
+        self.tell(arrived)
         if sent == total:
-            self._carry_out(self.machine.handle(BlobArrived(chunk=chunk, level=level, blob=bytes(total)), self.now))
+            self.tell(ev.BlobArrived(source=source, chunk=chunk, level=level, blob=bytes(total)))
+
+    def cut(self, source: int, delay_s: float, for_s: float, *, is_final: bool = False) -> None:
+        """The link breaks after `delay_s`, and heals `for_s` later."""
+
+        def down() -> None:
+            pipe = self.pipes[source]
+            pipe.is_up, pipe.wishes, pipe.sending = False, [], None
+            self.tell(ev.SourceLost(source=source, reason="cut", is_final=is_final))
+
+        def up() -> None:
+            self.pipes[source].is_up = True
+            stored = tuple({} for _ in range(self.num_chunks))
+            if self.machine.sources[source].is_opening:  # its greeting gets through now
+                self.tell(ev.Opened(source=source, stored_bytes=stored))
+
+        self.at(delay_s, down)
+        self.at(delay_s + for_s, up)

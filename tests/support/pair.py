@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -22,6 +23,8 @@ from prefill.runtime import BLOCK_TOKENS, ModelRuntime
 from prefill.worker import PrefillWorker
 from transport.stream_client import StreamClient
 
+LATEST_S = 20.0  # no wait in here is longer
+
 
 def make_runtime(*, dtype: torch.dtype = torch.bfloat16, num_blocks: int = 1024) -> ModelRuntime:
     model = loaded(random_model("llama", dtype))
@@ -35,6 +38,60 @@ def make_runtime(*, dtype: torch.dtype = torch.bfloat16, num_blocks: int = 1024)
     )
 
 
+class Asking:
+    """A request on its way. `end`: its last event, None before that and if it was left."""
+
+    def __init__(self, endpoint: str, body: dict[str, Any]) -> None:
+        self.tokens: list[int] = []
+        self.end: dict[str, Any] | None = None
+        self._endpoint, self._body = endpoint, body
+        self._is_leaving = threading.Event()
+        self._thread = threading.Thread(target=lambda: asyncio.run(self._run()))
+        self._thread.start()
+
+    async def _run(self) -> None:
+        client = StreamClient(self._endpoint)
+
+        async def read() -> None:
+            async for event in stream:
+                self.tokens += event.get("tokens", [])
+                if event.keys() & {"finished", "failed", "refused"}:
+                    self.end = event
+
+        try:
+            async with client.submit(self._body) as stream:
+                reader = asyncio.create_task(read())
+                while not reader.done() and not self._is_leaving.is_set():  # noqa: ASYNC110
+                    await asyncio.sleep(0.002)
+                reader.cancel()
+                await asyncio.gather(reader, return_exceptions=True)
+        finally:
+            await client.close()
+
+    def leave(self) -> None:
+        self._is_leaving.set()
+        self._thread.join(LATEST_S)
+        assert not self._thread.is_alive()
+
+    def wait(self) -> dict[str, Any]:
+        """Its last event."""
+        until(lambda: not self._thread.is_alive())
+        assert self.end is not None, "the stream ended without an end"
+        return self.end
+
+    def receipt(self) -> dict[str, Any]:
+        end = self.wait()
+        assert "finished" in end, end
+        return end["finished"]["receipt"]
+
+
+def until(condition: Callable[[], Any]) -> None:
+    deadline = time.monotonic() + LATEST_S
+    while not condition():
+        assert time.monotonic() < deadline, "waited too long"
+        time.sleep(0.002)
+
+
 class Pair:
     """Prompts go in, answers come out; `reference` is the same engine without disaggregation."""
 
@@ -45,8 +102,15 @@ class Pair:
         return generate_greedy(self.alone.engine, self.alone.allocator, token_ids, max_tokens)
 
     def body(
-        self, token_ids: list[int], *, max_tokens: int = 8, with_source: bool = True, **options: Any
+        self,
+        token_ids: list[int],
+        *,
+        max_tokens: int = 8,
+        with_source: bool = True,
+        endpoints: Sequence[str] | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
+        """endpoints: of the sources, if it is not the pair's own."""
         sampling = SamplingParams(max_tokens=max_tokens, temperature=0.0, ignore_eos=True)
         request = GenerationRequest(
             request_id=options.pop("request_id", f"r{time.monotonic_ns()}"),
@@ -54,8 +118,13 @@ class Pair:
             sampling=options.pop("sampling", sampling),
             **options,
         )
-        source = {"id": "prefill-0", "endpoint": self.prefill.endpoint, "public_key": None}
-        return {"kind": "generate", "request": request.to_wire(), "source": source if with_source else None}
+        if endpoints is None:
+            endpoints = [self.prefill.endpoint] if with_source else []
+        sources = [
+            {"id": f"prefill-{index}", "endpoint": endpoint, "public_key": None}
+            for index, endpoint in enumerate(endpoints)
+        ]
+        return {"kind": "generate", "request": request.to_wire(), "sources": sources}
 
     def ask(self, token_ids: list[int], **options: Any) -> tuple[list[int], dict[str, Any]]:
         """The tokens and the receipt of one request."""
@@ -83,6 +152,10 @@ class Pair:
 
         return asyncio.run(everything())
 
+    def begin(self, token_ids: list[int], **options: Any) -> Asking:
+        """A request in a thread of its own."""
+        return Asking(self.decode.endpoint, self.body(token_ids, **options))
+
     def check(self) -> None:
         """Nothing is left behind anywhere."""
         assert self.prefill.wait_until_idle(30)
@@ -92,6 +165,12 @@ class Pair:
         self.decode.check_integrity()
         self.prefill.check_integrity()
         assert self.decode.stats()["kv_cache_usage_perc"] == 0
+        assert not self.decode._requests and not self.decode._ended
+        assert self.decode._puller._links.num_shares == 0
+        assert self.decode._puller._client.num_transfers == 0
+        while len(self.prefill._transfers) and time.monotonic() < deadline:
+            time.sleep(0.01)  # the goodbye is on its way
+        assert len(self.prefill._transfers) == 0
 
 
 @contextmanager

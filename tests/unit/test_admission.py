@@ -1,4 +1,4 @@
-"""What a decode worker refuses, and how mode, floor, target and policy become the orders of a fill."""
+"""What a decode worker refuses, and how mode, floor, target, plan and policy become the orders of a fill."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from decode.admission import WorkerLimits, check_request, fill_orders
-from decode.fill import FillSpec
+from decode.fill_chunks import TEXT
+from decode.fill_loading import FillSpec
+from decode.replay import ReplayStep
 from decode.requests import GenerationRequest, RequestRefused, SamplingParams
 from decode.slo import SLOPolicy
 
@@ -21,6 +23,8 @@ LIMITS = WorkerLimits(
     block_tokens=16,
     chunk_tokens=64,
     chunk_bytes={level: 1000.0 / (1 + index) for index, level in enumerate(LEVELS)},
+    nested=frozenset(LEVELS[2:]),
+    exact=frozenset(LEVELS[:2]),
 )
 
 
@@ -130,6 +134,167 @@ def test_a_floor_that_nothing_may_meet_is_refused() -> None:
     assert (refused.value.status, refused.value.param) == (400, "kv.floor")
 
 
+def test_what_levels_are_is_handed_on() -> None:
+    spec = orders()
+    assert (spec.nested, spec.exact, spec.chunk_bytes) == (LIMITS.nested, LIMITS.exact, dict(LIMITS.chunk_bytes))
+    assert spec.tail_s == 0.1 and spec.replay is None
+
+
+@pytest.mark.parametrize(
+    ("ceiling", "floor", "expected"),
+    [
+        (None, "q2", LEVELS[:4]),
+        ("q1", "q2", ("q1", "q2")),
+        ("q1", "q1", ("q1",)),
+        ("lossless", "q3", LEVELS[1:5]),
+    ],
+)
+def test_a_ceiling_bounds_what_is_sent_before_the_first_token(
+    ceiling: str | None, floor: str, expected: tuple[str, ...]
+) -> None:
+    assert orders(SLOPolicy(levels=LEVELS, ceiling=ceiling, floor=floor)).levels == expected
+
+
+def test_a_ceiling_and_a_stricter_floor_may_leave_nothing_to_load() -> None:
+    spec = orders(SLOPolicy(levels=LEVELS, ceiling="q2", floor="q3"), floor="q1")
+    assert not spec.may_load and spec.may_compute
+
+
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        (SLOPolicy(), ("q1", "q2")),
+        (SLOPolicy(refine_to=None), ()),
+        (SLOPolicy(refine_to="lossless", floor="q3"), ("lossless", "q1", "q2", "q3")),
+        (SLOPolicy(refine_to="q2", floor="q3"), ("q2", "q3")),
+        (SLOPolicy(levels=("lossless", "q3"), floor="q3", refine_to="lossless"), ("lossless", "q3")),
+        (SLOPolicy(levels=("q1", "q3"), floor="q3", refine_to="q1"), ("q1", "q3")),
+        (SLOPolicy(levels=("lossless", "q1"), floor="lossless", refine_to="q1"), ()),  # nothing is coarser
+        (SLOPolicy(ceiling="q2", floor="q3", refine_to="q1"), ("q1", "q2", "q3")),  # above the ceiling, afterwards
+        (SLOPolicy(refine_to="unheard of"), ()),
+    ],
+)
+def test_refinements_end_at_the_coarsest_level_that_may_come(policy: SLOPolicy, expected: tuple[str, ...]) -> None:
+    assert orders(policy).refine_levels == expected
+
+
+def test_a_request_with_a_stricter_floor_is_refined_from_there() -> None:
+    assert orders(SLOPolicy(floor="q3", levels=LEVELS), floor="q2").refine_levels == ("q1", "q2")
+
+
+@pytest.mark.parametrize("options", [{"kv_mode": "text"}, {"kv_mode": "q2"}, {"has_source": False}])
+def test_nothing_is_refined_where_the_policy_does_not_choose(options: dict[str, Any]) -> None:
+    assert orders(**options).refine_levels == ()
+
+
+@pytest.mark.parametrize(
+    ("share", "num_prompt", "expected"),
+    [(1.0, 449, None), (0.5, 449, 3), (0.42, 449, 2), (0.0, 449, 0), (0.99, 65, 0), (0.5, 129, 1)],
+)
+def test_a_share_bounds_how_many_chunks_are_computed(share: float, num_prompt: int, expected: int | None) -> None:
+    spec = orders(SLOPolicy(max_recompute_share=share), num_prompt=num_prompt, max_tokens=1)
+    assert spec.max_compute == expected
+    assert spec.may_compute  # if the source is lost, the rest is
+
+
+def test_a_share_that_comes_out_even_is_not_rounded_down() -> None:
+    asked = request(6401)
+    spec = fill_orders(asked, SLOPolicy(max_recompute_share=0.29), LIMITS, has_source=True, now=0.0, tail_s=0.1)
+    assert (spec.num_chunks, spec.max_compute) == (100, 29)
+
+
+def test_what_to_do_with_an_infeasible_target_is_the_policys() -> None:
+    for infeasible in ("best_effort", "reject", "text"):
+        assert orders(SLOPolicy(infeasible=infeasible)).infeasible == infeasible
+        assert orders(SLOPolicy(infeasible=infeasible), kv_mode="q2").infeasible == "best_effort"  # asked for by name
+
+
+def test_a_tenant_has_its_own_part_of_the_policy() -> None:
+    policy = SLOPolicy(
+        ttft_s=0.5, floor="q3", tenants={"gold": {"ttft_s": 0.25, "floor": "q1", "allow_recompute": False}}
+    )
+    gold, other = policy.for_tenant("gold"), policy.for_tenant("nobody")
+    assert other == policy
+    assert (gold.ttft_s, gold.floor, gold.allow_recompute) == (0.25, "q1", False)
+    assert (gold.levels, gold.link_prior_bps, gold.refine_to) == (policy.levels, policy.link_prior_bps, "q1")
+    assert orders(gold).levels == ("raw", "lossless", "q1") and orders(gold).deadline == pytest.approx(7.25)
+    assert not orders(gold).may_compute and orders(gold, ttft_s=1.0).deadline == pytest.approx(8.0)
+
+
+# -- plans to be followed -----------------------------------------------------------------------------------------
+
+
+def plan(*levels: str, refinements: tuple[dict[str, Any], ...] = ()) -> dict[str, Any]:
+    return {"chunk_tokens": 64, "levels": list(levels), "refinements": list(refinements)}
+
+
+def test_a_plan_becomes_the_orders() -> None:
+    given_plan = plan("q2", TEXT, "q1", refinements=({"chunk": 0, "level": "q1", "after_tokens": 3},))
+    spec = orders(SLOPolicy(infeasible="reject"), plan=given_plan)
+    assert spec.replay is not None and spec.replay.levels == ("q2", TEXT, "q1")
+    assert spec.replay.steps == (ReplayStep(chunk=0, level="q1", after_tokens=3),)
+    assert spec.may_load and spec.may_compute and spec.infeasible == "best_effort" and spec.refine_levels == ()
+
+
+def test_a_plan_without_loaded_chunks_needs_no_source() -> None:
+    spec = orders(plan=plan(TEXT, TEXT, TEXT), has_source=False)
+    assert spec.replay is not None and not spec.may_load and spec.may_compute
+    assert orders(plan=plan(), num_prompt=64, has_source=False).replay is not None
+
+
+def test_a_plan_that_loads_needs_a_source() -> None:
+    with pytest.raises(RequestRefused) as refused:
+        orders(plan=plan("q1", TEXT, TEXT), has_source=False)
+    assert (refused.value.status, refused.value.code, refused.value.param) == (503, "no_source", "kv.plan")
+
+
+@pytest.mark.parametrize(
+    ("given_plan", "says"),
+    [
+        (plan("q1"), "belongs to another prompt"),
+        (plan("q1", "q1", "q9"), "'q9'"),
+        ({"levels": ["q1"] * 3}, "chunk_tokens"),
+        (plan("q1", "q1", "q1", refinements=({"chunk": 5, "level": "raw", "after_tokens": 1},)), "chunk 5"),
+        (plan("q1", "q1", "q1", refinements=({"chunk": 0, "level": "raw", "after_tokens": None},)), "after None"),
+    ],
+)
+def test_a_bad_plan_is_refused(given_plan: dict[str, Any], says: str) -> None:
+    with pytest.raises(RequestRefused) as refused:
+        orders(plan=given_plan)
+    assert (refused.value.status, refused.value.param) == (400, "kv.plan") and says in refused.value.message
+
+
+@pytest.mark.parametrize(
+    ("floor", "level", "is_allowed"),
+    [("q2", "q2", True), ("q2", "q3", False), ("q1", "q2", False), ("q3", TEXT, True), ("raw", "lossless", False)],
+)
+def test_a_plan_does_not_pass_the_floor(floor: str, level: str, is_allowed: bool) -> None:
+    policy = SLOPolicy(levels=LEVELS, floor=floor)
+    if is_allowed:
+        assert orders(policy, plan=plan("raw", "raw", level)).replay is not None
+        return
+    with pytest.raises(RequestRefused) as refused:
+        orders(policy, plan=plan("raw", "raw", level))
+    assert refused.value.param == "kv.plan" and floor in refused.value.message and level in refused.value.message
+
+
+def test_a_plan_from_before_the_policy_was_changed_is_judged_by_the_new_one() -> None:
+    """Levels that the policy does not name are still known to the profile."""
+    policy = SLOPolicy(levels=("lossless", "q3"), floor="q3")
+    assert orders(policy, plan=plan("q2", "raw", "q3")).replay is not None
+
+
+def test_a_policy_whose_floor_the_profile_does_not_have_still_judges_plans() -> None:
+    policy = SLOPolicy(levels=("lossless", "q1", "q9"), floor="q9")
+    assert orders(policy).levels == ("lossless", "q1")
+    assert orders(policy, plan=plan("raw", "lossless", "q1")).replay is not None
+    with pytest.raises(RequestRefused):
+        orders(policy, plan=plan("raw", "lossless", "q2"))
+
+
+# -- anything -----------------------------------------------------------------------------------------------------
+
+
 @given(
     levels=st.lists(st.sampled_from(LEVELS), min_size=1, unique=True).map(
         lambda some: tuple(sorted(some, key=LEVELS.index))
@@ -138,6 +303,8 @@ def test_a_floor_that_nothing_may_meet_is_refused() -> None:
     asked=st.sampled_from((None, *LEVELS)),
     mode=st.sampled_from(("auto", "text", *LEVELS)),
     recompute=st.booleans(),
+    share=st.floats(0, 1),
+    refine_to=st.sampled_from((None, *LEVELS)),
     has_source=st.booleans(),
     num_prompt=st.integers(1, 400),
 )
@@ -147,19 +314,35 @@ def test_orders_never_pass_a_floor_and_always_leave_a_way(
     asked: str | None,
     mode: str,
     recompute: bool,
+    share: float,
+    refine_to: str | None,
     has_source: bool,
     num_prompt: int,
 ) -> None:
-    policy = SLOPolicy(levels=levels, floor=data.draw(st.sampled_from(levels)), allow_recompute=recompute)
+    floor = data.draw(st.integers(0, len(levels) - 1))
+    policy = SLOPolicy(
+        levels=levels,
+        floor=levels[floor],
+        ceiling=data.draw(st.sampled_from((None, *levels[: floor + 1]))),
+        refine_to=refine_to,
+        allow_recompute=recompute,
+        max_recompute_share=share,
+    )
     try:
         spec = orders(policy, has_source=has_source, floor=asked, kv_mode=mode, num_prompt=num_prompt)
     except RequestRefused:
         return
     assert spec.may_load or spec.may_compute
     assert not spec.may_load or (has_source and spec.levels and spec.num_chunks)
+    assert spec.max_compute is None or 0 <= spec.max_compute <= spec.num_chunks
+    ranks = [LEVELS.index(level) for level in spec.refine_levels]
+    assert ranks == sorted(ranks) and (not ranks or (refine_to == spec.refine_levels[0] and mode == "auto"))
+    if ranks:  # all that may come can rise, and nothing rises above what the policy says
+        assert set(spec.refine_levels) >= {level for level in spec.levels if LEVELS.index(level) >= ranks[0]}
     for level in spec.levels if spec.may_load else ():
         assert asked is None or LEVELS.index(level) <= LEVELS.index(asked)
         if mode == "auto":
             assert level in levels and LEVELS.index(level) <= LEVELS.index(policy.floor)
+            assert policy.ceiling is None or LEVELS.index(level) >= LEVELS.index(policy.ceiling)
         else:
             assert level == mode

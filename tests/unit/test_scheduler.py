@@ -48,6 +48,64 @@ def test_a_running_sequence_computes_its_last_token() -> None:
     assert rows[0].token_ids() == [8]
 
 
+def test_a_held_sequence_has_no_row_until_it_is_let_go() -> None:
+    """Of a plan that is followed: the next token waits for pages to be refined."""
+    held, other = running("held", 7), running("other", 7)
+    made = scheduler(held, other)
+    held.is_held = True
+    assert spans(made.next_rows(100)) == [("other", 10, 11, True)]
+    assert made.is_any_running
+    held.is_held = False
+    assert spans(made.next_rows(100)) == [("held", 10, 11, True), ("other", 10, 11, True)]
+
+
+def test_holding_stops_tokens_only_and_not_the_prompt() -> None:
+    tail = working("tail", 4, 10, phase=Phase.TAIL)
+    tail.is_held = True
+    assert spans(scheduler(tail).next_rows(100)) == [("tail", 4, 10, True)]
+
+
+def test_nothing_held_is_left_to_spin_on() -> None:
+    held = running("held", 7)
+    held.is_held = True
+    assert scheduler(held).next_rows(100) == []
+
+
+def test_work_before_is_what_has_an_earlier_deadline() -> None:
+    mine = working("mine", 0, 8, deadline=2.0, arrival=5)
+    made = scheduler(
+        mine,
+        working("sooner", 3, 9, deadline=1.0, arrival=9),
+        working("as soon, came first", 0, 4, deadline=2.0, arrival=4),
+        working("as soon, came later", 0, 5, deadline=2.0, arrival=6),
+        working("later", 0, 6, deadline=3.0, arrival=1),
+        sequence("nothing to do", deadline=0.0),
+        running("running", 7),
+    )
+    assert sorted(made.work_before(mine)) == [(0, 4), (3, 9)]
+    assert made.work_before(sequence("who waits", deadline=2.0, arrival=5)) == made.work_before(mine)
+
+
+def test_work_before_shrinks_as_it_is_done() -> None:
+    mine, other = working("mine", 0, 8, deadline=2.0), working("other", 0, 10, deadline=1.0)
+    made = scheduler(mine, other)
+    made.computed(made.next_rows(4)[0])
+    assert made.work_before(mine) == [(4, 10)] and made.work_before(other) == []
+    made.remove("other")
+    assert made.work_before(mine) == []
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_work_before_is_what_next_rows_takes_first(seed: int) -> None:
+    rng = random.Random(seed)
+    items = [working(str(i), 0, rng.randint(1, 50), deadline=rng.choice([1.0, 2.0, 3.0]), arrival=i) for i in range(10)]
+    made = scheduler(*items)
+    rows = made.next_rows(10**6)
+    for place, row in enumerate(rows):
+        before = [(earlier.start, earlier.stop) for earlier in rows[:place]]
+        assert sorted(made.work_before(row.sequence)) == sorted(before)
+
+
 def test_running_sequences_are_never_cut() -> None:
     assert len(scheduler(*(running(str(i), 7) for i in range(50))).next_rows(0)) == 50
 

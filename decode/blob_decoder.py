@@ -1,0 +1,149 @@
+"""The thread that decodes blobs: base chunks straight into their pages, refinements into tensors of their own.
+
+What a first token waits for goes first. The thread also keeps the puller's time, because it sleeps when nothing comes.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from codec.chunk import inspect_blob, refine_chunk
+from codec.errors import CodecError, MalformedBlob
+from decode import fill_events as ev
+from prefill.runtime import ModelRuntime
+
+log = logging.getLogger("kvstream.decode")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NewPages:
+    """A chunk at a better level, decoded, to be copied into its pages between two steps of the engine.
+
+    k, v [L, T, H, D]: of the tokens from `start` on. after_tokens: see fill_events.Refine. blob: the finer encoding,
+    if it can be refined further. seconds: what decoding took.
+    """
+
+    chunk: int
+    level: str
+    start: int
+    k: Tensor
+    v: Tensor
+    after_tokens: int | None
+    blob: Any
+    seconds: float
+
+    @property
+    def num_bytes(self) -> int:
+        return int(self.k.nbytes + self.v.nbytes)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One blob of `fill`. is_wanted: asked when its turn has come."""
+
+    fill: Any
+    command: ev.Decode | ev.Refine
+    start: int
+    stop: int
+    block_table: Sequence[int]
+    is_wanted: Callable[[], bool]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """pages: of a refinement that went well. error: why it could not be decoded, "" if it could. is_bad: the blob was
+    damaged. was_skipped: nobody wanted it any more."""
+
+    seconds: float
+    pages: NewPages | None = None
+    error: str = ""
+    is_bad: bool = False
+    was_skipped: bool = False
+
+
+class BlobDecoder:
+    """on_done: a job is through. on_pause: called between two jobs, and at the latest after as many seconds as it said
+    the last time. Both run in the decoder's thread."""
+
+    def __init__(
+        self, runtime: ModelRuntime, *, on_done: Callable[[Job, Outcome], None], on_pause: Callable[[], float]
+    ) -> None:
+        self._runtime, self._on_done, self._on_pause = runtime, on_done, on_pause
+        self._jobs: queue.PriorityQueue[tuple[int, int, Job | None]] = queue.PriorityQueue()
+        self._order = itertools.count()
+        self._thread = threading.Thread(target=self._run, name="kv-decode", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def put(self, job: Job, *, urgency: int) -> None:
+        """Lower is sooner; jobs of equal urgency go in the order in which they came."""
+        self._jobs.put((urgency, next(self._order), job))
+
+    def shutdown(self) -> None:
+        self._jobs.put((-1, next(self._order), None))
+        self._thread.join(timeout=10)
+
+    def _run(self) -> None:
+        timeout_s = self._on_pause()
+        while True:
+            try:
+                _, _, job = self._jobs.get(timeout=timeout_s)
+            except queue.Empty:
+                pass
+            else:
+                if job is None:
+                    return
+                self._on_done(job, self._decode(job))
+            timeout_s = self._on_pause()
+
+    def _decode(self, job: Job) -> Outcome:
+        begin = time.monotonic()
+        if not job.is_wanted():
+            return Outcome(seconds=0.0, was_skipped=True)
+        pages: NewPages | None = None
+        try:
+            pages = self._into_place(job, begin)
+        except CodecError as error:
+            return Outcome(seconds=0.0, error=f"{type(error).__name__}: {error}", is_bad=True)
+        except Exception as error:
+            log.exception("chunk %d could not be decoded", job.command.chunk)
+            return Outcome(seconds=0.0, error=f"{type(error).__name__}: {error}")
+        return Outcome(seconds=time.monotonic() - begin, pages=pages)
+
+    def _into_place(self, job: Job, begin: float) -> NewPages | None:
+        command, size = job.command, job.stop - job.start
+        blob = command.blob
+        if isinstance(command, ev.Refine) and command.coarse is not None:
+            blob = refine_chunk(command.coarse, command.blob)
+        info = inspect_blob(blob)
+        if (info.level, info.num_tokens) != (command.level, size):
+            found = f"{info.num_tokens} tokens at level {info.level!r}"
+            raise MalformedBlob(f"expected {size} tokens at level {command.level!r}, found {found}")
+        if isinstance(command, ev.Decode):
+            self._runtime.decode_into_pages(blob, job.block_table, start=job.start, stop=job.stop)
+            return None
+        k, v = self._runtime.decode(blob, start=job.start, stop=job.stop)
+        return NewPages(
+            chunk=command.chunk,
+            level=command.level,
+            start=job.start,
+            k=k,
+            v=v,
+            after_tokens=command.after_tokens,
+            blob=blob,
+            seconds=time.monotonic() - begin,
+        )

@@ -1,0 +1,236 @@
+"""The engine's thread: which rows a step computes, the forward pass, one token a row, and new pages between two steps.
+
+It alone runs the model and samples, so one thread owns every token stream. What a row's result means for its request
+is the worker's to say (StepOwner).
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+from decode.active_request import ActiveRequest
+from decode.blob_decoder import NewPages
+from decode.estimator import ComputeEstimator
+from decode.fill_loading import IDLE_ENGINE, EngineLoad
+from decode.sampling import sample
+from decode.scheduler import Phase, Row, Scheduler, Sequence
+from decode.tagged_pages import TaggedPages
+from prefill.engine import SequenceSlice
+from prefill.runtime import ModelRuntime
+
+log = logging.getLogger("kvstream.decode")
+
+MIN_SLICE_TOKENS = 32
+# Of refined chunks, between two steps: about 2 ms on one core, so that no answer stops for longer. At least one chunk.
+MAX_COPY_BYTES = 8 << 20
+
+
+class StepOwner(Protocol):
+    """The decode worker as the engine sees it. Called with the lock held."""
+
+    def chunk_computed(self, key: str, chunk: int, now: float) -> None: ...
+    def pages_refined(self, key: str, pages: NewPages, num_output: int, now: float) -> None: ...
+    def token_drawn(self, sequence: Sequence, token: int, now: float) -> None: ...
+    def step_failed(self, key: str) -> None: ...
+    def unpinned(self, sequence: Sequence) -> None: ...
+
+
+class EngineLoop:
+    """Runs from `start` until `stop`. Shares the worker's lock, sequences and requests."""
+
+    def __init__(
+        self,
+        runtime: ModelRuntime,
+        *,
+        owner: StepOwner,
+        lock: threading.Condition,
+        scheduler: Scheduler,
+        requests: Mapping[str, ActiveRequest],
+        pages: TaggedPages,
+        compute: ComputeEstimator,
+        chunk_tokens: int,
+        name: str,
+    ) -> None:
+        self._engine, self._owner, self._lock = runtime.engine, owner, lock
+        self._scheduler, self._requests, self._pages = scheduler, requests, pages
+        self._compute, self._chunk_tokens, self._name = compute, chunk_tokens, name
+        self._row_step_s = 0.0  # what a step without any prompt takes
+        self._stopping = False
+        self.num_prompt_tokens = 0  # computed so far
+        self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def stop(self) -> None:
+        """No step begins any more; the lock is held."""
+        self._stopping = True
+        self._lock.notify_all()
+
+    def join(self) -> None:
+        self._thread.join(timeout=10)
+
+    def load_before(self, key: str) -> EngineLoad:
+        """What the engine has to do besides this request's prompt; the lock is held."""
+        sequence = self._scheduler.get(key)
+        if sequence is None or len(self._scheduler) == 1:
+            return IDLE_ENGINE
+        ahead = self._scheduler.work_before(sequence)
+        slice_s = self._compute.seconds(0, self._slice_tokens())
+        is_running = self._scheduler.is_any_running
+        return EngineLoad(
+            wait_s=sum(self._compute.seconds(*work) for work in ahead),
+            factor=1.0 + self._row_step_s / slice_s if is_running else 1.0,
+            num_others=len(self._scheduler) - 1,
+        )
+
+    # -- the thread -----------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            while rows := self._wait_for_rows():
+                self._step(rows)
+        except BaseException:
+            # Nothing would be computed any more: let the worker's supervisor see the end.
+            log.exception("%s: the engine's thread ended", self._name)
+            raise
+
+    def _wait_for_rows(self) -> list[Row]:
+        """The next step's rows, pinned; none when the worker stops."""
+        with self._lock:
+            while not self._stopping:
+                is_more = self._put_new_pages()
+                rows = self._scheduler.next_rows(self._slice_tokens())
+                if rows:
+                    for row in rows:
+                        row.sequence.pins += 1
+                    return rows
+                if not is_more:
+                    self._lock.wait(timeout=1.0)
+            return []
+
+    def _put_new_pages(self) -> bool:
+        """Copy what was refined, between two steps so that no forward pass reads a page while it changes. What answers
+        wait for goes first. Whether some had to be left for the next time.
+
+        Not during the tail: what the first token saw would be neither the one level nor the other.
+        """
+        num_bytes, is_more = 0, False
+        for key, sequence, state in self._may_take_pages():
+            for _ in range(len(state.new_pages)):
+                # Each may have ended the request, or made it ready, so that its tail comes before the next ones.
+                if sequence.phase in (Phase.TAIL, Phase.ENDED):
+                    break
+                pages = state.new_pages.popleft()
+                if pages.after_tokens is not None and len(sequence.output) < pages.after_tokens:
+                    state.new_pages.append(pages)  # of a plan that is followed
+                elif num_bytes and num_bytes + pages.num_bytes > MAX_COPY_BYTES:
+                    state.new_pages.appendleft(pages)
+                    is_more = True
+                    break
+                else:
+                    num_bytes += pages.num_bytes
+                    self._pages.refine(sequence.block_table, pages.start, pages.k, pages.v, pages.level)
+                    self._owner.pages_refined(key, pages, len(sequence.output), time.monotonic())
+            if state.fill is not None:
+                sequence.is_held = not state.fill.machine.may_step(len(sequence.output))
+        return is_more
+
+    def _may_take_pages(self) -> list[tuple[str, Sequence, ActiveRequest]]:
+        found = []
+        for key, state in self._requests.items():
+            sequence = self._scheduler.get(key)
+            if sequence is not None and sequence.phase in (Phase.FILLING, Phase.RUNNING):
+                found.append((key, sequence, state))
+        return sorted(found, key=lambda item: (item[1].phase is Phase.RUNNING, item[1].deadline))
+
+    def _slice_tokens(self) -> int:
+        """How much prompt a step may compute: a whole chunk, or less if running requests would wait too long."""
+        size = self._chunk_tokens
+        running = self._scheduler.in_phase(Phase.RUNNING)
+        if not running:
+            return size
+        per_token = self._compute.seconds(0, size) / size
+        itl_s = min(sequence.itl_s for sequence in running)
+        tokens = int(0.8 * itl_s / per_token) // MIN_SLICE_TOKENS * MIN_SLICE_TOKENS
+        return max(MIN_SLICE_TOKENS, min(tokens, size))
+
+    def _step(self, rows: list[Row]) -> None:
+        begin = time.monotonic()
+        try:
+            logits = self._engine.forward(
+                [
+                    SequenceSlice(
+                        token_ids=row.token_ids(),
+                        start=row.start,
+                        block_table=row.sequence.block_table,
+                        need_logits=row.sample,
+                    )
+                    for row in rows
+                ]
+            )
+        except Exception as error:
+            log.exception("%s: a step failed", self._name)
+            drawn: list[int | Exception | None] = [error] * len(rows)
+        else:
+            of_sampled = iter(logits)
+            drawn = [self._draw(row, next(of_sampled)) if row.sample else None for row in rows]
+        now = time.monotonic()
+        with self._lock:
+            self._after_step(rows, drawn, now - begin, now)
+
+    def _draw(self, row: Row, logits: Any) -> int | Exception | None:
+        """The row's next token; None if it was cancelled during the step."""
+        state = self._requests.get(row.sequence.key)
+        if state is None:
+            return None
+        try:
+            return sample(logits, state.request.sampling, len(row.sequence.output), state.rng)
+        except Exception as error:
+            log.exception("%s: no token could be drawn", self._name)
+            return error
+
+    def _after_step(self, rows: list[Row], drawn: list[int | Exception | None], seconds: float, now: float) -> None:
+        if len(rows) == 1 and not rows[0].sample and drawn[0] is None:
+            self._compute.observe(rows[0].start, rows[0].stop, seconds)
+        elif all(row.sequence.phase is Phase.RUNNING for row in rows):
+            self._row_step_s += 0.1 * (seconds - self._row_step_s)
+        for row, token in zip(rows, drawn, strict=True):
+            sequence = row.sequence
+            try:
+                if sequence.phase is Phase.ENDED:
+                    pass
+                elif isinstance(token, Exception):
+                    self._owner.step_failed(sequence.key)
+                else:
+                    self._advance(row, token, now)
+            except Exception:
+                # A bug of ours: this request ends with an error, the worker goes on with the others.
+                log.exception("%s: a row could not be advanced", self._name)
+                self._owner.step_failed(sequence.key)
+            sequence.pins -= 1
+            self._owner.unpinned(sequence)
+
+    def _advance(self, row: Row, token: int | None, now: float) -> None:
+        sequence = row.sequence
+        self._pages.computed(sequence.block_table, row.start, row.stop)
+        if sequence.phase is not Phase.RUNNING:
+            self.num_prompt_tokens += row.stop - row.start
+            if not self._scheduler.computed(row):
+                return
+            if sequence.phase is Phase.FILLING:
+                chunk, sequence.work_chunk = sequence.work_chunk, None
+                assert chunk is not None
+                self._owner.chunk_computed(sequence.key, chunk, now)
+                return
+            sequence.phase = Phase.RUNNING
+        assert token is not None
+        self._owner.token_drawn(sequence, token, now)

@@ -1,0 +1,357 @@
+"""The part of a fill that loads: what a plan has to know, and which chunk is asked of which source. Pure."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from decode import fill_events as ev
+from decode.estimator import CodecEstimator, ComputeEstimator
+from decode.fill_chunks import MAX_ASKED_LEVELS, ChunkState, ChunkTable
+from decode.fill_sources import FillSource
+from decode.plan import REASK, Outlook, Plan
+from decode.replay import Replay
+
+# The share of the time left that plans may use. The doubts about link and tail have margins of their own; this is for
+# what nobody predicts.
+HOLD_BACK = 0.985
+# How much better than computing on here it must be to ask a live source again that was left.
+BACK_TO_LIVE = 1.25
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineLoad:
+    """What else the worker's engine has to do: seconds of prompts with earlier deadlines, how many times longer than
+    alone computing takes beside the running requests, and how many other requests there are."""
+
+    wait_s: float = 0.0
+    factor: float = 1.0
+    num_others: int = 0
+
+
+IDLE_ENGINE = EngineLoad()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FillSpec:
+    """What one request asks of its fill.
+
+    levels: allowed, best first. chunk_bytes: predicted size of one chunk, by level; nested: the levels that refine one
+    another; exact: those that lose nothing. refine_levels: best first, what chunks may be refined to after the first
+    token (empty: not at all).
+    deadline: on the worker's clock; tail_s: predicted time from the last chunk to the first token.
+    may_load: whether sources are of use. may_compute: whether chunks may be computed; max_compute: how many of them
+    while a source can be had (None: all).
+    infeasible: what to do when the floor cannot be in time, see SLOPolicy. replay: a plan to be followed instead.
+    """
+
+    num_chunks: int
+    chunk_tokens: int
+    levels: tuple[str, ...]
+    chunk_bytes: Mapping[str, float]
+    deadline: float
+    tail_s: float
+    may_load: bool = True
+    may_compute: bool = True
+    max_compute: int | None = None
+    nested: frozenset[str] = frozenset()
+    exact: frozenset[str] = frozenset()
+    refine_levels: tuple[str, ...] = ()
+    infeasible: str = "best_effort"
+    replay: Replay | None = None
+
+
+class Loader:
+    """Shares the chunks and sources of its fill machine."""
+
+    def __init__(
+        self,
+        spec: FillSpec,
+        table: ChunkTable,
+        sources: Sequence[FillSource],
+        *,
+        compute: ComputeEstimator,
+        codec: CodecEstimator,
+        now: float,
+    ) -> None:
+        self.spec = spec
+        self.live = False
+        self.has_opened = False
+        self.chunk_bytes = dict(spec.chunk_bytes)
+        self.given_up: list[int] = []  # chunks on their way that the last commands asked for anew
+        self._table, self._sources = table, sources
+        self._compute, self._codec = compute, codec
+        self._started_at = now
+
+    def opened(self, source: FillSource) -> None:
+        self.has_opened = True
+        self.see_whether_live()
+        known: dict[str, list[int]] = {}
+        for sizes in source.stored:
+            for level, size in (sizes or {}).items():
+                known.setdefault(level, []).append(size)
+        for level, sizes_seen in known.items():
+            if level in self.chunk_bytes:
+                self.chunk_bytes[level] = sum(sizes_seen) / len(sizes_seen)
+
+    def see_whether_live(self) -> None:
+        """Whether some chunk is stored nowhere, so that a source has to compute it."""
+        opened = [source for source in self._sources if source.is_open]
+        self.live = bool(opened) and any(
+            all(source.stored[index] is None for source in opened) for index in range(self.spec.num_chunks)
+        )
+
+    @property
+    def has_target(self) -> bool:
+        """Whether the first token is due at some time, and not just as soon as possible."""
+        return self.spec.deadline > self._started_at
+
+    def budget_s(self, now: float) -> float:
+        """The time left for what comes before the tail."""
+        return HOLD_BACK * (self.spec.deadline - now) - self.spec.tail_s
+
+    def deadline(self) -> float:
+        """When budget_s is 0."""
+        return self.spec.deadline - self.spec.tail_s / HOLD_BACK
+
+    # -- what plans are made of -----------------------------------------------------------------------------------
+
+    def rate(self, now: float) -> float:
+        """Bytes a second of all sources together. Those that have not answered count until one has."""
+        return self._rate_of(self._able(), now)
+
+    def _rate_of(self, sources: Sequence[FillSource], now: float) -> float:
+        patience_s = self._patience_s()
+        return sum([source.rate(now, patience_s=patience_s) for source in sources])
+
+    def _able(self) -> list[FillSource]:
+        opened = [source for source in self._sources if source.is_open]
+        if opened or self.has_opened:
+            return opened
+        return [source for source in self._sources if source.is_hoped_for]
+
+    def _patience_s(self) -> float:
+        """Silence counts against a link, but not the time in which a live source computes a chunk."""
+        return 2.0 * self.chunk_compute_s(self.spec.num_chunks - 1, 1) if self.live else 0.0
+
+    def low_share(self, horizon_s: float) -> float:
+        """The worst of the links': that of one of them alone is too careful for two, and not by much."""
+        return self._low_share_of(self._able(), horizon_s)
+
+    def _low_share_of(self, sources: Sequence[FillSource], horizon_s: float) -> float:
+        return min([source.share.estimator.low_share(horizon_s) for source in sources], default=1.0)
+
+    def chunk_compute_s(self, first: int, count: int) -> float:
+        size = self.spec.chunk_tokens
+        return self._compute.seconds(first * size, (first + count) * size)
+
+    def standing(self, source: FillSource) -> list[int]:
+        """Chunks asked for whose encoding has not begun as far as can be seen: they can still change their level.
+
+        The oldest request is taken to be at work already, even before its first part is here.
+        """
+        logs, at = self._table.logs, source.index
+        asked = [index for index in self._table.asked if logs[index].source == at]
+        return [index for index in asked[1:] if logs[index].first_part_at is None]
+
+    def outlook(self, now: float, load: EngineLoad) -> Outlook:
+        table, spec = self._table, self.spec
+        able = self._able()
+        standing = {index for source in able for index in self.standing(source)}
+        in_flight = sorted(index for index in table.asked if index not in standing)
+        busy_s = load.wait_s
+        if table.computing is not None:
+            started = table.logs[table.computing].compute_at
+            assert started is not None
+            busy_s += max(0.0, load.factor * self.chunk_compute_s(table.computing, 1) - (now - started))
+        first = min([*table.missing[:1], *table.asked], default=table.frontier)
+        num_left = len(table.missing) + len(table.asked)
+        per_chunk_s, growth_s = self._compute.line(first * spec.chunk_tokens, spec.chunk_tokens)
+        budget_s = self.budget_s(now)
+        has_hope = any(source.is_hoped_for for source in self._sources)
+        return Outlook(
+            num_missing=len(table.missing) + len(standing),
+            in_flight_bytes=[table.logs[index].left_bytes for index in in_flight],
+            chunk_bytes=self.chunk_bytes,
+            bytes_per_s=self._rate_of(able, now),
+            low_share=self._low_share_of(able, max(budget_s, 0.05)) if budget_s > 0 else 1.0,
+            latency_s=self._latency_s(able, now),
+            encode_s=able[0].encode_s if able else {},
+            decode_s=self._codec.by_level(spec.levels),
+            compute_s=load.factor * per_chunk_s,
+            compute_growth_s=load.factor * growth_s,
+            max_compute=self._max_compute(num_left) if has_hope else num_left * spec.may_compute,
+            queue_s=self.queue_s(),
+            in_flight_decode_s=sum([self._codec.seconds(table.logs[index].asked_levels[-1]) for index in in_flight]),
+            busy_s=busy_s,
+            num_others=load.num_others,
+            source_s=self._live_source_s(now) if self.live else 0.0,
+            spent_s=now - self._started_at,
+            committed_bytes=max([s.share.estimator.committed_bytes for s in able], default=0.0),
+            ahead_bytes=sum([source.share.ahead_bytes() for source in able]),
+            exact=spec.exact,
+            nested=spec.nested,
+            in_place=self._in_place(in_flight) if spec.levels[-1] in spec.nested else {},
+            is_contended=any(source.is_open and source.share.is_contended() for source in self._sources),
+            live=self.live,
+        )
+
+    def _in_place(self, in_flight: Sequence[int]) -> Mapping[str, int]:
+        logs, table = self._table.logs, self._table
+        counts = Counter(table.levels)
+        counts.update(logs[index].level for index in table.decoding)
+        counts.update(logs[index].asked_levels[-1] for index in in_flight)
+        return counts
+
+    def queue_s(self) -> float:
+        """What decoding all that is here takes."""
+        return sum(self._codec.seconds(self._table.logs[index].level) for index in self._table.decoding)
+
+    def _max_compute(self, num_left: int) -> int:
+        spec = self.spec
+        if not spec.may_compute or spec.max_compute == 0:
+            return 0
+        if spec.max_compute is None:
+            return num_left
+        left = max(0, spec.max_compute - self._table.num_computed)
+        # A live source computes from the front as well: all or nothing.
+        return min(left, num_left) if not self.live or left >= num_left else 0
+
+    def _live_source_s(self, now: float) -> float:
+        """Until a live source has computed the last chunk. It takes about as long for a chunk as this worker would,
+        and has been at the next one since the last one began to arrive."""
+        logs, table = self._table.logs, self._table
+        not_begun = sorted([*table.missing, *(index for index in table.asked if logs[index].first_part_at is None)])
+        if not not_begun:
+            return 0.0
+        began = [log.first_part_at for log in logs if log.first_part_at is not None]
+        asked = [log.asked_at for log in logs if log.asked_at is not None]
+        since = max(began) if began else min(asked, default=now)
+        left_s = max(0.0, self.chunk_compute_s(not_begun[0], len(not_begun)) - (now - since))
+        # Once this worker computes, the source has been left alone: going back has to be worth it.
+        return left_s * (BACK_TO_LIVE if table.num_computed or table.computing is not None else 1.0)
+
+    def _latency_s(self, able: Sequence[FillSource], now: float) -> float:
+        """Until the next byte can come. A source that has not answered yet is likely to take as long again."""
+        latency_s = min((source.latency_s(now) for source in able), default=0.0)
+        return latency_s if self.has_opened else max(latency_s, now - self._started_at)
+
+    # -- asking ---------------------------------------------------------------------------------------------------
+
+    def commands(self, plan: Plan, now: float) -> list[ev.Command]:
+        table, logs = self._table, self._table.logs
+        commands: list[ev.Command] = []
+        self.given_up = []
+        if self.live and plan.compute_chunks:
+            # All is computed here; the source need not go on with what it has not begun to send.
+            not_begun = [index for index in table.asked if logs[index].first_part_at is None]
+            return [self.withdraw(index) for index in not_begun]
+        standing = {index for source in self._sources if source.is_open for index in self.standing(source)}
+        not_begun = sorted([*table.missing, *standing]) if standing else table.missing
+        to_compute = set(not_begun[: plan.compute_chunks])
+        # The floor comes first for all; a better level than the plan's is for one chunk.
+        level = plan.first_level if plan.first_level == self.spec.levels[-1] else plan.level
+        for index in list(table.asked):
+            log = logs[index]
+            if index in to_compute or log.asked_levels[-1] in (level, plan.first_level):
+                continue  # the plan's level is for what it loads
+            if index in standing:
+                # It may be encoded already, at the level of the first request: then amending comes too late.
+                if plan.gives_up and self._pays_anew(index, self.chunk_bytes[log.anew_level], level):
+                    commands.append(self.withdraw(index))
+                    commands.append(self._ask(self._source_of(index), index, level, now))
+                else:
+                    commands.append(self._amend(index, level))
+            elif plan.gives_up and self._pays_anew(index, log.left_bytes, plan.level):
+                # The link has become so slow that beginning again at the coarser level is faster than going on.
+                self.given_up.append(index)
+                source = self._source_of(index)
+                commands += [self.withdraw(index), self._ask(source, index, plan.level, now)]
+        wanted = table.missing[len(to_compute - standing) :]
+        num_first = len(wanted)
+        if plan.num_first is not None:
+            num_first = plan.num_first - sum(logs[index].asked_levels[-1] == plan.first_level for index in standing)
+        return commands + self.ask_missing(wanted, level, now, first_level=plan.first_level, num_first=num_first)
+
+    def ask_missing(
+        self,
+        wanted: Sequence[int],
+        level: str | Sequence[str],
+        now: float,
+        *,
+        first_level: str | None = None,
+        num_first: int = 0,
+    ) -> list[ev.Command]:
+        """Ask for these missing chunks while a source has room: stored ones from the back, live ones from the front.
+
+        level: of all of them, or by chunk; the first `num_first` that are asked for get `first_level`.
+        """
+        commands: list[ev.Command] = []
+        for index in list(wanted) if self.live else wanted[::-1]:
+            wish = level if isinstance(level, str) else level[index]
+            if first_level is not None and len(commands) < num_first:
+                wish = first_level
+            source, is_hopeless = self._pick(index, self.chunk_bytes[wish], now)
+            if source is None and not is_hopeless:
+                break
+            if source is not None:
+                commands.append(self._ask(source, index, wish, now))
+        return commands
+
+    def _pick(self, index: int, num_bytes: float, now: float) -> tuple[FillSource | None, bool]:
+        """Who brings the chunk soonest, if that one has room; whether nobody ever will."""
+        has_it = [s for s in self._sources if s.is_open and index not in s.refused]
+        stored = [s for s in has_it if s.stored[index] is not None]
+        best, best_s, best_rate = None, 0.0, 0.0
+        for source in stored or has_it[:1]:  # what is stored nowhere is computed by the first
+            rate = source.rate(now, patience_s=self._patience_s())
+            time_s = (source.left_bytes + num_bytes) / rate
+            if best is None or time_s < best_s:
+                best, best_s, best_rate = source, time_s, rate
+        if best is None:
+            return None, True
+        return (best if best.has_room(best_rate) else None), False
+
+    def is_loadable(self, index: int) -> bool:
+        """Whether some source may still give this chunk."""
+        return any(source.is_hoped_for and index not in source.refused for source in self._sources)
+
+    def _source_of(self, index: int) -> FillSource:
+        at = self._table.logs[index].source
+        assert at is not None
+        return self._sources[at]
+
+    def _pays_anew(self, index: int, left_bytes: float, level: str) -> bool:
+        """Whether a chunk begun at another level comes sooner if it is given up and asked for at `level`.
+
+        What is committed to the link cannot be recalled: that much comes in vain, and the new blob behind it.
+        """
+        committed_bytes = self._source_of(index).share.estimator.committed_bytes
+        return left_bytes > REASK * (committed_bytes + self.chunk_bytes[level])
+
+    def _ask(self, source: FillSource, index: int, level: str, now: float) -> ev.Ask:
+        log = self._table.move(index, ChunkState.ASKED)
+        source.ask(self.chunk_bytes[level], now)
+        log.source, log.anew_level, log.left_bytes = source.index, level, self.chunk_bytes[level]
+        log.first_part_at, log.asked_at = None, now
+        self._remember(index, level)
+        return ev.Ask(source=source.index, chunk=index, level=level)
+
+    def _amend(self, index: int, level: str) -> ev.Ask:
+        log, source = self._table.logs[index], self._source_of(index)
+        source.left_bytes += self.chunk_bytes[level] - log.left_bytes
+        log.left_bytes = self.chunk_bytes[level]
+        self._remember(index, level)
+        return ev.Ask(source=source.index, chunk=index, level=level)
+
+    def _remember(self, index: int, level: str) -> None:
+        asked = self._table.logs[index].asked_levels
+        asked.append(level)
+        del asked[1 : len(asked) - MAX_ASKED_LEVELS + 1]  # the first and the last ones stay
+
+    def withdraw(self, index: int) -> ev.Withdraw:
+        source = self._source_of(index)
+        source.forget(self._table.logs[index].left_bytes)
+        self._table.move(index, ChunkState.MISSING)
+        return ev.Withdraw(source=source.index, chunk=index)
