@@ -42,6 +42,8 @@ def parse_bytes(value: Any) -> Any:
 def _check_address(value: Any) -> Any:
     if isinstance(value, str):
         host, colon, port = value.rpartition(":")
+        if "://" in value:
+            raise ValueError(f"{value!r}: leave out what stands before the host; write HOST:PORT")
         if not (host and colon and port.isdigit() and 0 <= int(port) <= 65535):
             raise ValueError(f"{value!r} is no address; write HOST:PORT (port 0: any free one)")
     return value

@@ -289,7 +289,7 @@ class FillMachine:
             return commands
         commands += loader.commands(plan, now)
         for index in loader.given_up:
-            self._note(now, f"chunk {index}: given up, asked for anew at {plan.level}")
+            self._note(now, f"chunk {index}: given up, asked for anew at {self.chunks[index].asked_levels[-1]}")
         return commands
 
     def _why_infeasible(self, plan: Plan, now: float) -> str:

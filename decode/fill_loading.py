@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from decode import fill_events as ev
@@ -192,16 +191,19 @@ class Loader:
             ahead_bytes=sum([source.share.ahead_bytes() for source in able]),
             exact=spec.exact,
             nested=spec.nested,
-            in_place=self._in_place(in_flight) if spec.levels[-1] in spec.nested else {},
+            in_place=self._in_place(in_flight) if budget_s > 0 and spec.levels[-1] in spec.nested else {},
             is_contended=any(source.is_open and source.share.is_contended() for source in self._sources),
             live=self.live,
         )
 
     def _in_place(self, in_flight: Sequence[int]) -> Mapping[str, int]:
         logs, table = self._table.logs, self._table
-        counts = Counter(table.levels)
-        counts.update(logs[index].level for index in table.decoding)
-        counts.update(logs[index].asked_levels[-1] for index in in_flight)
+        counts = dict(table.levels)
+        for index in table.decoding:
+            counts[logs[index].level] = counts.get(logs[index].level, 0) + 1
+        for index in in_flight:
+            level = logs[index].asked_levels[-1]
+            counts[level] = counts.get(level, 0) + 1
         return counts
 
     def queue_s(self) -> float:
@@ -263,16 +265,39 @@ class Loader:
                     commands.append(self._ask(self._source_of(index), index, level, now))
                 else:
                     commands.append(self._amend(index, level))
-            elif plan.gives_up and self._pays_anew(index, log.left_bytes, plan.level):
+            elif plan.gives_up and self._pays_anew(index, log.left_bytes, level):
                 # The link has become so slow that beginning again at the coarser level is faster than going on.
                 self.given_up.append(index)
                 source = self._source_of(index)
-                commands += [self.withdraw(index), self._ask(source, index, plan.level, now)]
+                commands += [self.withdraw(index), self._ask(source, index, level, now)]
+        commands += self._even_out(standing - to_compute, now)
         wanted = table.missing[len(to_compute - standing) :]
         num_first = len(wanted)
         if plan.num_first is not None:
             num_first = plan.num_first - sum(logs[index].asked_levels[-1] == plan.first_level for index in standing)
         return commands + self.ask_missing(wanted, level, now, first_level=plan.first_level, num_first=num_first)
+
+    def _even_out(self, standing: Collection[int], now: float) -> list[ev.Command]:
+        """Give an idle source one of the chunks that stand at a busy one: the first to answer was asked for many."""
+        idle = next((source for source in self._sources if source.is_open and source.num_asked == 0), None)
+        if idle is None or not standing or self.live:
+            return []
+        busy = max((s for s in self._sources if s.is_open), key=lambda s: s.left_bytes / s.rate(now))
+        movable = [
+            index
+            for index in standing
+            if self._table.logs[index].source == busy.index
+            and index not in idle.refused
+            and idle.stored[index] is not None
+        ]
+        if not movable:
+            return []
+        index = min(movable)  # the last that the busy one would send
+        size = self._table.logs[index].left_bytes
+        if busy.left_bytes / busy.rate(now) <= idle.latency_s(now) + size / idle.rate(now):
+            return []
+        level = self._table.logs[index].asked_levels[-1]
+        return [self.withdraw(index), self._ask(idle, index, level, now)]
 
     def ask_missing(
         self,

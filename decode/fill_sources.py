@@ -55,9 +55,9 @@ class FillSource:
         return self.state is not SourceState.GONE
 
     def lose(self, now: float, *, is_final: bool) -> None:
-        if self.state is not SourceState.LOST:
-            # Between being open and answering again, one stretch of time is allowed in all.
-            self.since = self.since if self.state is SourceState.OPENING else now
+        if self.state is SourceState.OPEN:
+            # One stretch of time is allowed in all: from the last that was heard of it to its next answer.
+            self.since = now if self.moved_at is None else self.moved_at
         self.num_asked, self.left_bytes, self.moved_at = 0, 0.0, None
         if is_final or now - self.since >= OPEN_TIMEOUT_S:
             self.state = SourceState.GONE

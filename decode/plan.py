@@ -30,6 +30,8 @@ CAREFUL_DECODE = 1.08
 # Single chunks get a better level than the plan's within this share of the budget: should the link drop, the last ones
 # pay with the floor for what the first ones gained, and that is more.
 BETTER_ROOM = 0.8
+# A level that takes so many times longer to load than the coarsest is not looked at for the fastest plan.
+FAR_SLOWER = 4.0
 # A chunk on its way is given up when what is left of it is so many times what asking for it anew would bring.
 REASK = 1.25
 
@@ -117,17 +119,20 @@ def choose(levels: Sequence[str], outlook: Outlook, budget_s: float, *, current:
     assert levels, "a policy without levels is refused when it is read"
     can_load = outlook.bytes_per_s > 0
     if budget_s > 0:
+        floor = _Costs(outlook, levels[-1], careful=True)
         if can_load:
             room = UPGRADE_ROOM if current is not None and current.meets_target else 1.0
             for level in levels:
                 if current is not None and level == current.level:
                     room = 1.0  # from here on no upgrade
-                time_s = _Costs(outlook, level, careful=True).finish_s(0)
+                costs = floor if level == levels[-1] else _Costs(outlook, level, careful=True)
+                time_s = costs.finish_s(0)
                 if time_s + _raise_s(outlook, levels, level) <= budget_s * room:
                     if level in outlook.exact:
                         exact = [_Costs(outlook, at, careful=True) for at in levels if at in outlook.exact]
-                        time_s, level = min((costs.finish_s(0), costs.level) for costs in exact)
-                    first_level, num_first = _first_level(levels, level, outlook, time_s, budget_s, current)
+                        costs = min(exact, key=lambda costs: costs.finish_s(0))
+                        time_s, level = costs.finish_s(0), costs.level
+                    first_level, num_first = _first_level(levels, costs, floor, outlook, time_s, budget_s, current)
                     return Plan(
                         level=level,
                         first_level=first_level,
@@ -135,15 +140,15 @@ def choose(levels: Sequence[str], outlook: Outlook, budget_s: float, *, current:
                         compute_chunks=0,
                         predicted_s=time_s,
                         meets_target=True,
-                        gives_up=_Costs(outlook, level, careful=True, keeps_all=True).finish_s(0) > budget_s,
+                        gives_up=costs.clips
+                        and _Costs(outlook, level, careful=True, keeps_all=True).finish_s(0) > budget_s,
                     )
         if outlook.max_compute and outlook.busy_s + outlook.compute_s <= budget_s:
-            costs = _Costs(outlook, levels[-1], careful=True)
-            count = costs.fewest_in(budget_s)
-            time_s = costs.finish_s(count)
+            count = floor.fewest_in(budget_s)
+            time_s = floor.finish_s(count)
             if time_s <= budget_s:
-                floor = levels[-1]
-                return Plan(level=floor, first_level=floor, compute_chunks=count, predicted_s=time_s, meets_target=True)
+                at = levels[-1]
+                return Plan(level=at, first_level=at, compute_chunks=count, predicted_s=time_s, meets_target=True)
     return _fastest(levels, outlook, budget_s, is_computing=current is not None and current.compute_chunks > 0)
 
 
@@ -163,18 +168,23 @@ def _raise_s(outlook: Outlook, levels: Sequence[str], level: str) -> float:
 
 
 def _first_level(
-    levels: Sequence[str], level: str, outlook: Outlook, time_s: float, budget_s: float, current: Plan | None
+    levels: Sequence[str],
+    at_level: _Costs,
+    at_floor: _Costs,
+    outlook: Outlook,
+    time_s: float,
+    budget_s: float,
+    current: Plan | None,
 ) -> tuple[str, int | None]:
     """The level that the next chunks are asked for at, and how many of them (None: all)."""
-    floor = levels[-1]
+    level, floor = at_level.level, levels[-1]
     if outlook.live:
         return level, None
-    at_level = _Costs(outlook, level, careful=True)
     if floor in outlook.nested:
         # Twice as easy once the floor was begun with, or requests would be amended to and fro.
         share = DIRECT_SHARE / 2 if current is not None and current.first_level == floor else DIRECT_SHARE
         is_easy = at_level.wire_s() <= share * budget_s and not outlook.is_contended
-        twice_s = time_s + _Costs(outlook, floor, careful=True).decode_all_s()
+        twice_s = time_s + at_floor.decode_all_s()
         if not is_easy and (level == floor or twice_s <= budget_s):
             return floor, None
     better = levels[max(levels.index(level) - 1, 0)]
@@ -191,9 +201,13 @@ def _fastest(levels: Sequence[str], outlook: Outlook, budget_s: float, *, is_com
     can_load = outlook.bytes_per_s > 0
     must_gain = COMPUTING_MUST_GAIN if is_computing else COMPUTE_MUST_GAIN
     price = COMPUTE_PRICE * outlook.num_others
+    floor = _Costs(outlook, levels[-1])
+    floor_s = floor.finish_s(0)
     for level in levels:  # best quality first, so a later level has to be clearly faster
-        costs = _Costs(outlook, level)
+        costs = floor if level == levels[-1] else _Costs(outlook, level)
         load_s = costs.finish_s(0)
+        if load_s > FAR_SLOWER * (floor_s + outlook.spent_s):
+            continue
         ways = [(0, load_s)] if can_load else []
         if outlook.max_compute and outlook.busy_s + outlook.compute_s < load_s:
             # else all is here before anything could be computed
@@ -229,6 +243,7 @@ class _Costs:
         "_rate",
         "_size",
         "_total",
+        "clips",
         "level",
     )
 
@@ -242,8 +257,13 @@ class _Costs:
         # A chunk on its way that is far larger than it would be at this level is asked for anew (see REASK).
         self._most = math.inf if keeps_all else REASK * (outlook.committed_bytes + self._size)
         self._bytes, most = outlook.ahead_bytes, self._most
+        self.clips = False
         for left in in_flight:
-            self._bytes += left if left < most else most
+            if left < most:
+                self._bytes += left
+            else:
+                self._bytes += most
+                self.clips = True
         self._total = outlook.num_missing + len(in_flight)
         # Decoding goes on with the first arrival, and when what is here is decoded.
         first_bytes = min(in_flight[-1], self._most) if in_flight else self._size

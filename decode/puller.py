@@ -231,7 +231,7 @@ class KVPuller:
                 case ev.Open():
                     reason = self._open(fill, command.source)
                     if reason is not None:
-                        lost.append(ev.SourceLost(source=command.source, reason=reason))
+                        lost.append(ev.SourceLost(source=command.source, reason=reason, is_final=True))
                 case ev.Ask() | ev.Withdraw():
                     self._tell_source(fill, command)
                 case ev.Decode() | ev.Refine():

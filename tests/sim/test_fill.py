@@ -9,7 +9,7 @@ import pytest
 from fill_world import LEVELS, NESTED, SIZES, World
 
 from decode.fill_chunks import TEXT
-from decode.fill_events import Ask, Compute, Fail, Ready, SourceLost
+from decode.fill_events import Ask, Compute, Fail, Opened, Ready, SourceLost
 from decode.link_scheduler import Kind
 from decode.replay import Replay, ReplayStep, plan_of, read_replay
 
@@ -75,11 +75,11 @@ def test_a_link_that_drops_tenfold_changes_level_and_recomputes() -> None:
 
 
 def test_a_large_chunk_on_a_link_that_became_slow_is_asked_for_anew() -> None:
-    world = World(rate=lambda now: (4000 if now < 0.02 else 8) * MBIT, ttft_s=0.7, may_compute=False)
+    world = World(rate=lambda now: (4000 if now < 0.02 else 3) * MBIT, ttft_s=0.9, may_compute=False)
     machine = world.run()
     assert any("asked for anew" in reason for _, reason in machine.reasons)
-    # 8 Mbit/s bring a coarsest chunk in 0.02 s; sticking to the raw chunk on its way would take 1.5 s alone.
-    assert world.ttft_s_reached < 1.0
+    # 3 Mbit/s bring a coarsest chunk in 0.06 s; sticking to the raw chunk on its way would take 4 s alone.
+    assert world.ttft_s_reached < 1.4
 
 
 def test_a_link_that_dies_is_finished_by_computing() -> None:
@@ -120,6 +120,18 @@ def test_two_sources_bring_a_prompt_in_half_the_time() -> None:
     one = run_s(rate=rate, levels=("q1",), may_compute=False)
     two = run_s(rate=rate, more_rates=(rate,), levels=("q1",), may_compute=False)
     assert two < 0.6 * one
+
+
+def test_a_second_source_that_answers_later_takes_over_what_stands_at_the_first() -> None:
+    """The first was taken for a fast link and asked for everything."""
+    rate = lambda now: 8 * MBIT  # noqa: E731
+    world = World(rate=rate, more_rates=(rate,), levels=("q1",), may_compute=False, prior_rate=400 * MBIT)
+    world.pipes[1].is_up = False
+    world.at(0.1, lambda: setattr(world.pipes[1], "is_up", True))
+    world.at(0.1, lambda: world.tell(Opened(source=1, stored_bytes=({},) * 13)))
+    machine = world.run()
+    share = [chunk.source for chunk in machine.chunks].count(1)
+    assert share >= 4, share
 
 
 def test_a_slow_second_source_does_no_harm() -> None:
