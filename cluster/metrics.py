@@ -59,6 +59,8 @@ _GAP_SECONDS = (
     2.5,
 )
 
+_AFTER_QUEUE = ("open", "fill", "refine", "tail")  # the parts of a receipt's time to first token after the first one
+
 
 class GatewayMetrics:
     """Counters and histograms of one gateway, in a registry of their own; named as vLLM names them."""
@@ -130,8 +132,9 @@ class GatewayMetrics:
         parts_ms = (receipt or {}).get("ttft_parts_ms") or {}
         if parts_ms.get("queue") is not None:
             self.queue_time.observe(parts_ms["queue"] / 1000)
-        if parts_ms.get("fill") is not None and parts_ms.get("tail") is not None:
-            self.prefill_time.observe((parts_ms["fill"] + parts_ms["tail"]) / 1000)
+        after_queue = [parts_ms[part] for part in _AFTER_QUEUE if parts_ms.get(part) is not None]
+        if len(after_queue) == len(_AFTER_QUEUE):
+            self.prefill_time.observe(sum(after_queue) / 1000)
         for level, chunks, size_bytes in receipt_levels(receipt or {}):
             self.kv_chunks.labels(level=level).inc(chunks)
             self.kv_bytes.labels(level=level).inc(size_bytes)

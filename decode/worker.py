@@ -295,6 +295,7 @@ class DecodeWorker:
             return None
         size, now = self._limits.chunk_tokens, time.monotonic()
         receipt = state.receipt(sequence, self._pages, chunk_tokens=size, promised_kl=self._promised_kl, now=now)
+        receipt["ended"] = reason
         self._receipts[state.request.request_id] = receipt
         while len(self._receipts) > MAX_RECEIPTS:
             self._receipts.popitem(last=False)
@@ -313,9 +314,16 @@ class DecodeWorker:
     def pages_refined(self, key: str, pages: NewPages, num_output: int, now: float) -> None:
         self._puller.pages_put(key, pages, num_output, now)
 
+    def _first_token(self, sequence: Sequence, now: float) -> None:
+        timeline = self._requests[sequence.key].timeline
+        timeline.first_token_at = now
+        if timeline.filled_at is not None:
+            num_prompt, size = len(sequence.request.token_ids), self._limits.chunk_tokens
+            self._compute.observe_tail((num_prompt - 1) // size * size, num_prompt, now - timeline.filled_at)
+
     def token_drawn(self, sequence: Sequence, token: int, now: float) -> None:
         if not sequence.output:
-            self._requests[sequence.key].timeline.first_token_at = now
+            self._first_token(sequence, now)
         sequence.output.append(token)
         self._counters["generated_tokens_total"] += 1
         sampling = sequence.request.sampling

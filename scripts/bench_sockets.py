@@ -396,6 +396,7 @@ def main() -> int:
     parser.add_argument("--betas", type=float, nargs="+", default=(0.05, 0.3, 2.0))
     parser.add_argument("--requests", type=int, default=200, help="per policy")
     parser.add_argument("--limit-s", type=float, default=120.0, help="per policy and link, where that is less")
+    parser.add_argument("--patience-s", type=float, default=120.0, help="a run waits so long for a quiet machine")
     parser.add_argument(
         "--load", type=float, default=0.4, help="arrivals at random: share of the time that one at a time would take"
     )

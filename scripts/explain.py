@@ -73,7 +73,8 @@ def account(receipt: Mapping[str, Any], *, width: int = 100, how_to_ask: str = "
 def _verdict(receipt: Mapping[str, Any]) -> Text:
     ttft_ms, target_ms = receipt.get("ttft_ms"), receipt.get("target_ms")
     if ttft_ms is None:
-        return Text("No first token: the request failed or was cancelled before it.", style="bold red")
+        why = receipt.get("ended") or "the request failed or was cancelled before it."
+        return Text(f"No first token: {why}", style="bold red")
     after_ms = ttft_ms - (receipt["ttft_parts_ms"].get("queue") or 0.0)
     took = f"first token {_ms(after_ms)} after admission"
     if not target_ms or target_ms <= 0:

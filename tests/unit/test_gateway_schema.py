@@ -246,7 +246,7 @@ def test_no_body_is_answered_with_anything_but_an_api_error(fields: dict[str, An
 def test_receipts_are_counted_by_level() -> None:
     receipt = {"chunks": [{"level": "q1", "bytes": 5}, {"level": "text", "bytes": None}, {"level": "q1", "bytes": 7}]}
     receipt["chunks"].append({"level": None, "bytes": 0})
-    receipt["ttft_parts_ms"] = {"queue": 100.0, "fill": 20.0, "tail": 5.0}
+    receipt["ttft_parts_ms"] = {"queue": 100.0, "open": 4.0, "fill": 15.0, "refine": 1.0, "tail": 5.0}
     assert receipt_levels(receipt) == [("q1", 2, 12), ("text", 1, 0)]
     assert receipt_levels({}) == []
     metrics = GatewayMetrics()
