@@ -14,11 +14,12 @@ from decode import fill_events as ev
 from decode.estimator import CodecEstimator, ComputeEstimator
 from decode.fill_chunks import TEXT, ChunkLog, ChunkState, ChunkTable
 from decode.fill_loading import IDLE_ENGINE, EngineLoad, FillSpec, Loader
+from decode.fill_reasons import plan_in_words, why_infeasible
 from decode.fill_sources import OPEN_TIMEOUT_S, FillSource, SourceState
 from decode.fill_upgrades import Upgrades
 from decode.link_scheduler import Kind, LinkShare
 from decode.plan import Plan, choose
-from decode.refine import Ladder
+from decode.refine import UNLIMITED, Ladder
 
 MAX_BAD_BLOBS = 3  # of one source
 # Parts come by the thousand on a fast link and change little; whole blobs and all else lead to a new plan at once.
@@ -273,7 +274,9 @@ class FillMachine:
             return []  # nothing to do before the source answers, unless the link is known to be slow
         if self.plan is None and not plan.meets_target and loader.has_target and has_hope:
             if spec.infeasible == "reject":
-                return [self._fail("slo_infeasible", self._why_infeasible(plan, now), status=503)]
+                left_s = max(0.0, loader.budget_s(now))
+                why = why_infeasible(plan, left_s=left_s, floor=spec.levels[-1])
+                return [self._fail("slo_infeasible", why, status=503)]
             if spec.infeasible == "text" and spec.may_compute:
                 for source in self.sources:
                     self._on_lost(
@@ -291,14 +294,6 @@ class FillMachine:
         for index in loader.given_up:
             self._note(now, f"chunk {index}: given up, asked for anew at {self.chunks[index].asked_levels[-1]}")
         return commands
-
-    def _why_infeasible(self, plan: Plan, now: float) -> str:
-        left_ms, needed_ms = max(0.0, self.loader.budget_s(now)) * 1e3, plan.predicted_s * 1e3
-        return (
-            f"The first token cannot be in time: the KV takes {needed_ms:.0f} ms at the coarsest level allowed "
-            f"({self.spec.levels[-1]}), {left_ms:.0f} ms are left. Allow a longer time to the first token, a coarser "
-            "floor, or `infeasible: best_effort` in the policy"
-        )
 
     def _compute(self, now: float, *, is_wanted: bool) -> list[ev.Command]:
         """Compute the frontier's chunk, if the plan wants it or no source can give it."""
@@ -344,7 +339,10 @@ class FillMachine:
             budget_s = loader.budget_s(now)
             # What is computed rests on what lies before it: refining that would leave no level that holds for both.
             if budget_s > 0 and self.table.last_computed < self.table.first_loaded and not self.table.missing:
-                commands += self._refine_in_time(budget_s, now)
+                ladder = self._ladder(spec.levels)
+                commands += upgrades.ask(
+                    ladder, loader.refine_budget(ladder, upgrades, budget_s, now), Kind.BETTER, now
+                )
             if not self.table.is_filled:
                 return commands
             if upgrades.num_waiting and budget_s > LEAST_WAIT_S:
@@ -355,31 +353,12 @@ class FillMachine:
                 commands += upgrades.withdraw()
             commands += upgrades.postpone()
         if spec.refine_levels:
-            commands += upgrades.ask(self._ladder(spec.refine_levels), float("inf"), Kind.LATER, now)
+            commands += upgrades.ask(self._ladder(spec.refine_levels), UNLIMITED, Kind.LATER, now)
         if not upgrades.num_waiting and not (
             spec.refine_levels and upgrades.is_anything_left(self._ladder(spec.refine_levels))
         ):
             self.done = True
         return commands
-
-    def _refine_in_time(self, budget_s: float, now: float) -> list[ev.Command]:
-        loader, levels = self.loader, self.spec.levels
-        decode_s = self._codec.seconds(levels[0])
-        left_s = budget_s - (loader.queue_s() + self.upgrades.num_here * decode_s)
-        if left_s <= decode_s:
-            return []
-        # Each is a whole chunk to decode: on a fast link that is what the time goes into.
-        num_steps = int(left_s / decode_s) - (self.upgrades.num_waiting - self.upgrades.num_here)
-        rate = loader.rate(now)
-        opened = [source for source in self.sources if source.is_open]
-        ahead_bytes = sum(source.share.ahead_bytes(Kind.BETTER) + source.left_bytes for source in opened)
-        # What is on its way covers the latency of what is asked for now.
-        latency_s = min((source.share.estimator.latency_s for source in opened), default=0.0)
-        taken_bytes = max(ahead_bytes, latency_s * rate)
-        hoped_bytes = (left_s - decode_s) * rate - taken_bytes
-        budget_bytes = (left_s - decode_s) * rate * loader.low_share(left_s) - taken_bytes
-        ladder = self._ladder(levels)
-        return self.upgrades.ask(ladder, budget_bytes, Kind.BETTER, now, hoped_bytes=hoped_bytes, num_steps=num_steps)
 
     def _refine_as_given(self, now: float) -> list[ev.Command]:
         assert self.spec.replay is not None
@@ -396,12 +375,7 @@ class FillMachine:
         return commands
 
     def _ladder(self, levels: tuple[str, ...]) -> Ladder:
-        sizes = self.loader.chunk_bytes
-        exact = [level for level in levels if level in self.spec.exact]
-        smallest = min(exact, key=sizes.__getitem__, default=None)
-        # Nothing is gained between two levels that both lose nothing.
-        levels = tuple(level for level in levels if level not in exact or level == smallest)
-        return Ladder(levels=levels, chunk_bytes=sizes, nested=self.spec.nested)
+        return Ladder.of(levels, self.loader.chunk_bytes, nested=self.spec.nested, exact=self.spec.exact)
 
     def _become_ready(self) -> list[ev.Command]:
         self.ready = True
@@ -442,15 +416,5 @@ class FillMachine:
         old = self.plan
         if old is not None and old.level == plan.level and (old.compute_chunks > 0) == (plan.compute_chunks > 0):
             return
-        loader = self.loader
-        rate_mbps = loader.rate(now) * 8e-6
-        verdict = "in time" if plan.meets_target else "as fast as possible"
-        at = f"at {plan.level}"
-        if plan.first_level == self.spec.levels[-1] != plan.level:
-            at = f"at {plan.first_level} first, then refine to {plan.level}"
-        how = f"compute {plan.compute_chunks} from the front, load the others" if plan.compute_chunks else "load"
-        self._note(
-            now,
-            f"{how} {at}: {plan.predicted_s * 1e3:.0f} ms predicted, {loader.budget_s(now) * 1e3:.0f} ms left"
-            f" ({verdict}), link {rate_mbps:.1f} Mbit/s",
-        )
+        left_s, rate = self.loader.budget_s(now), self.loader.rate(now)
+        self._note(now, plan_in_words(plan, left_s=left_s, floor=self.spec.levels[-1], bytes_per_s=rate))

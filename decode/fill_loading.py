@@ -9,7 +9,10 @@ from decode import fill_events as ev
 from decode.estimator import CodecEstimator, ComputeEstimator
 from decode.fill_chunks import MAX_ASKED_LEVELS, ChunkState, ChunkTable
 from decode.fill_sources import FillSource
+from decode.fill_upgrades import Upgrades
+from decode.link_scheduler import Kind
 from decode.plan import REASK, Outlook, Plan
+from decode.refine import Ladder, RefineBudget
 from decode.replay import Replay
 
 # The share of the time left that plans may use. The doubts about link and tail have margins of their own; this is for
@@ -113,6 +116,25 @@ class Loader:
     def deadline(self) -> float:
         """When budget_s is 0."""
         return self.spec.deadline - self.spec.tail_s / HOLD_BACK
+
+    def refine_budget(self, ladder: Ladder, upgrades: Upgrades, budget_s: float, now: float) -> RefineBudget:
+        """What can be spent on refinements within `budget_s`, with all else that is asked for."""
+        # Each is a whole chunk to decode: on a fast link that is what the time goes into.
+        decode_s = self._codec.seconds(ladder.levels[max(0, len(ladder.levels) - 2)])
+        left_s = budget_s - (self.queue_s() + upgrades.num_here * decode_s)
+        if left_s <= decode_s:
+            return RefineBudget(sure_bytes=0.0, hoped_bytes=0.0, num_steps=0)
+        rate = self.rate(now)
+        opened = [source for source in self._sources if source.is_open]
+        ahead_bytes = sum(source.share.ahead_bytes(Kind.BETTER) + source.left_bytes for source in opened)
+        # What is on its way covers the latency of what is asked for now.
+        latency_s = min((source.share.estimator.latency_s for source in opened), default=0.0)
+        taken_bytes, wire_s = max(ahead_bytes, latency_s * rate), left_s - decode_s
+        return RefineBudget(
+            sure_bytes=wire_s * rate * self.low_share(left_s) - taken_bytes,
+            hoped_bytes=wire_s * rate - taken_bytes,
+            num_steps=int(left_s / decode_s) - (upgrades.num_waiting - upgrades.num_here),
+        )
 
     # -- what plans are made of -----------------------------------------------------------------------------------
 

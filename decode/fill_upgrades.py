@@ -13,7 +13,7 @@ from decode import fill_events as ev
 from decode.fill_chunks import ChunkLog, ChunkState, ChunkTable, Refinement
 from decode.fill_sources import FillSource
 from decode.link_scheduler import Kind
-from decode.refine import Ladder, next_step
+from decode.refine import Ladder, RefineBudget, next_step
 from decode.replay import ReplayStep
 from prefill.chunks import refinement_name
 
@@ -53,27 +53,19 @@ class Upgrades:
 
     # -- asking ---------------------------------------------------------------------------------------------------
 
-    def ask(
-        self,
-        ladder: Ladder,
-        budget_bytes: float,
-        kind: Kind,
-        now: float,
-        *,
-        hoped_bytes: float = 0.0,
-        num_steps: int | None = None,
-    ) -> list[ev.Command]:
-        """As many refinements as the sources have room for and the budget pays (see next_step); at most `num_steps`."""
+    def ask(self, ladder: Ladder, budget: RefineBudget, kind: Kind, now: float) -> list[ev.Command]:
+        """As many refinements as the sources have room for and the budget pays (see next_step)."""
+        sure_bytes, hoped_bytes = budget.sure_bytes, budget.hoped_bytes
         logs, table = self._table.logs, self._table
         coming = Counter(logs[index].asked_levels[-1] for index in table.asked)
         coming.update(logs[index].level for index in table.decoding)
         commands: list[ev.Command] = []
         while any(source.is_open and source.has_room(source.rate(now)) for source in self._sources):
-            if len(commands) == num_steps or (num_steps is not None and num_steps <= 0):
+            if len(commands) >= budget.num_steps:
                 break
             able = self._able()
             counts = {level: len(chunks) for level, chunks in able.items()}
-            step = next_step(ladder, counts, budget_bytes, hoped_bytes=hoped_bytes, coming=coming)
+            step = next_step(ladder, counts, sure_bytes, hoped_bytes=hoped_bytes, coming=coming)
             if step is None:
                 break
             have, level = step
@@ -81,7 +73,7 @@ class Upgrades:
             if chunk is None:
                 break
             num_bytes = ladder.step_bytes(have, level)
-            budget_bytes, hoped_bytes = budget_bytes - num_bytes, hoped_bytes - num_bytes
+            sure_bytes, hoped_bytes = sure_bytes - num_bytes, hoped_bytes - num_bytes
             commands.append(self._ask(chunk, level, num_bytes, kind, now, nested=ladder.is_nested(have, level)))
         return commands
 

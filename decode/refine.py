@@ -21,6 +21,16 @@ class Ladder:
     chunk_bytes: Mapping[str, float]
     nested: frozenset[str]
 
+    @classmethod
+    def of(
+        cls, levels: Sequence[str], chunk_bytes: Mapping[str, float], *, nested: frozenset[str], exact: frozenset[str]
+    ) -> Ladder:
+        """Of these levels, best first. Of those that lose nothing only the smallest is kept."""
+        lossless = [level for level in levels if level in exact]
+        smallest = min(lossless, key=chunk_bytes.__getitem__, default=None)
+        kept = tuple(level for level in levels if level not in exact or level == smallest)
+        return cls(levels=kept, chunk_bytes=chunk_bytes, nested=nested)
+
     def step_bytes(self, have: str, level: str) -> float:
         """What raising one chunk from `have` to `level` takes."""
         whole = self.chunk_bytes[level]
@@ -30,6 +40,19 @@ class Ladder:
 
     def is_nested(self, have: str, level: str) -> bool:
         return have in self.nested and level in self.nested
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RefineBudget:
+    """sure_bytes: what the link brings in time nine times of ten; hoped_bytes: what it should; num_steps: how many
+    chunks this worker decodes in that time."""
+
+    sure_bytes: float
+    hoped_bytes: float
+    num_steps: int
+
+
+UNLIMITED = RefineBudget(sure_bytes=float("inf"), hoped_bytes=float("inf"), num_steps=1 << 30)
 
 
 def next_step(
