@@ -22,6 +22,6 @@ def why_infeasible(plan: Plan, *, left_s: float, floor: str) -> str:
     """Why a request is refused whose policy says so, and what to do."""
     return (
         f"The first token cannot be in time: the KV takes {plan.predicted_s * 1e3:.0f} ms at the coarsest level "
-        f"allowed ({floor}), {left_s * 1e3:.0f} ms are left. Allow a longer time to the first token, a coarser floor, or "
-        "`infeasible: best_effort` in the policy"
+        f"allowed ({floor}), {left_s * 1e3:.0f} ms are left. Allow a longer time to the first token, a coarser "
+        "floor, or `infeasible: best_effort` in the policy"
     )
