@@ -24,10 +24,14 @@ class BadWorkload(ValueError):
     """A trace that cannot be read; says which line."""
 
 
-def mooncake_arrivals(lines: Iterable[str], *, time_scale: float = 1.0, limit: int | None = None) -> Iterator[Arrival]:
+def mooncake_arrivals(
+    lines: Iterable[str], *, time_scale: float = 1.0, length_scale: float = 1.0, limit: int | None = None
+) -> Iterator[Arrival]:
     """The rows of a Mooncake trace: {"timestamp": ms, "input_length", "output_length", "hash_ids": of blocks of 512
-    tokens}. time_scale: 2 makes every wait twice as long. Raises BadWorkload."""
+    tokens}. time_scale: 2 makes every wait twice as long; length_scale: the same for prompts, blocks and outputs, since
+    its contexts of 100,000 tokens are no load for a small model. Raises BadWorkload."""
     before_s = 0.0
+    block_tokens = max(1, round(MOONCAKE_BLOCK_TOKENS * length_scale))
     for number, line in enumerate(itertools.islice(lines, limit), start=1):
         try:
             row = json.loads(line)
@@ -35,10 +39,10 @@ def mooncake_arrivals(lines: Iterable[str], *, time_scale: float = 1.0, limit: i
             blocks = tuple(int(block) for block in row["hash_ids"])
             arrival = Arrival(
                 at=at,
-                prompt_tokens=int(row["input_length"]),
-                output_tokens=max(1, int(row["output_length"])),
+                prompt_tokens=round(int(row["input_length"]) * length_scale) or min(int(row["input_length"]), 1),
+                output_tokens=max(1, round(int(row["output_length"]) * length_scale)),
                 blocks=blocks,
-                block_tokens=MOONCAKE_BLOCK_TOKENS,
+                block_tokens=block_tokens,
                 request_id=f"r{number}",
             )
         except (ValueError, KeyError, TypeError) as error:

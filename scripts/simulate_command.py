@@ -17,9 +17,7 @@ WORKLOAD, LINK, CLUSTER = "Workload", "Link", "Cluster"
 
 
 def simulate(
-    policy: Annotated[
-        Path | None, typer.Option(help="SLO policy, YAML. Default: that of examples/policy-chat.yaml.")
-    ] = None,
+    policy: Annotated[Path | None, typer.Option(help="SLO policy, YAML. Default: its defaults.")] = None,
     costs: Annotated[Path, typer.Option(help="What things take, from scripts/measure_costs.py.")] = COSTS,
     trace: Annotated[
         Path | None,
@@ -30,6 +28,9 @@ def simulate(
     limit: Annotated[int | None, typer.Option(help="Only so many rows of it.", min=1, rich_help_panel=WORKLOAD)] = None,
     time_scale: Annotated[
         float, typer.Option(help="2: every wait of the trace twice as long.", rich_help_panel=WORKLOAD)
+    ] = 1.0,
+    length_scale: Annotated[
+        float, typer.Option(help="Its lengths and blocks times this, for small models.", rich_help_panel=WORKLOAD)
     ] = 1.0,
     requests: Annotated[
         int | None, typer.Option(help="Instead of a trace: so many at random times.", min=1, rich_help_panel=WORKLOAD)
@@ -76,7 +77,8 @@ def simulate(
 
     if (trace is None) == (requests is None):
         fail("give a trace with --trace, or a number of requests at random times with --requests")
-    for name, value in (("--rate", rate), ("--time-scale", time_scale), ("--link-mbps", link_mbps), ("--beta", beta)):
+    positive = {"--rate": rate, "--time-scale": time_scale, "--length-scale": length_scale}
+    for name, value in (positive | {"--link-mbps": link_mbps, "--beta": beta}).items():
         if value is not None and not 0 < value < math.inf:
             fail(f"{name} {value:g}: must be more than 0")
     try:
@@ -92,7 +94,8 @@ def simulate(
         )
         if trace is not None:
             with trace.open() as lines:
-                found = run_workload(cluster, mooncake_arrivals(lines, time_scale=time_scale, limit=limit), known)
+                rows = mooncake_arrivals(lines, time_scale=time_scale, length_scale=length_scale, limit=limit)
+                found = run_workload(cluster, rows, known)
         else:
             arrivals = random_arrivals(
                 requests or 0, prompt_tokens=prompt_tokens, output_tokens=output_tokens, rate=rate,
