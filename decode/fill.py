@@ -24,6 +24,8 @@ from decode.refine import UNLIMITED, Ladder
 MAX_BAD_BLOBS = 3  # of one source
 # Parts come by the thousand on a fast link and change little; whole blobs and all else lead to a new plan at once.
 PLAN_EVERY_S = 0.005
+# What ticks are for: silence of a link for so long, and a plan that is so old.
+QUIET_S, REPLAN_S = 0.015, 0.1
 MAX_REASONS = 200
 LEAST_WAIT_S = 0.001  # what is left of the time for refinements then is too little for any
 
@@ -102,10 +104,22 @@ class FillMachine:
             case ev.SourceLost():
                 self._on_lost(self.sources[event.source], event.reason, now, is_final=event.is_final)
             case ev.Tick():
-                pass
+                if not self._is_due(now):
+                    return []
         if isinstance(event, ev.PartArrived) and now - self._planned_at < PLAN_EVERY_S:
             return commands
         return commands + self._replan(now)
+
+    def _is_due(self, now: float) -> bool:
+        """Whether time alone is a reason for a new plan: no source has answered, a link that owes something is silent,
+        a moment was waited for, or the last plan is old. Ticks come to every fill of a worker, many times a second."""
+        if (
+            not self.loader.has_opened
+            or now - self._planned_at >= REPLAN_S
+            or (self.wake_at is not None and self.wake_at <= now)
+        ):
+            return True
+        return any(source.quiet_s(now) > QUIET_S for source in self.sources)
 
     def may_step(self, num_tokens: int) -> bool:
         """Whether the request may compute the token after `num_tokens`. Only a plan that is followed ever waits."""

@@ -70,6 +70,10 @@ class FillSource:
         since = None if self.moved_at is None else max(self.moved_at, self.share.link.moved_at) + patience_s
         return self.share.estimator.bytes_per_s(now, waiting_since=since)
 
+    def quiet_s(self, now: float) -> float:
+        """How long the link has brought nothing, although this transfer waits for something."""
+        return 0.0 if self.moved_at is None else now - max(self.moved_at, self.share.link.moved_at)
+
     def latency_s(self, now: float) -> float:
         """Until something can come of it."""
         latency_s = self.share.estimator.latency_s
