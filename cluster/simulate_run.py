@@ -89,6 +89,7 @@ class Tally:
 
     num_requests: int = 0
     failed: Counter[str] = field(default_factory=Counter)
+    num_with_target: int = 0
     num_in_time: int = 0
     ttft_s: list[float] = field(default_factory=list)
     itl_s: list[float] = field(default_factory=list)
@@ -105,12 +106,13 @@ class Tally:
         self.num_chunks += len(state.keys)
         self.num_stored_chunks += state.num_stored
         self.num_prefix_hits += state.num_stored > 0
+        target_s = state.policy.ttft_s if state.request.ttft_s is None else state.request.ttft_s
+        self.num_with_target += target_s > 0
         if state.ended != "finished" or state.ttft_s is None or state.fill is None:
             self.failed[state.ended] += 1
             return
-        target_s = state.policy.ttft_s if state.request.ttft_s is None else state.request.ttft_s
         self.ttft_s.append(state.ttft_s)
-        self.num_in_time += state.ttft_s <= target_s
+        self.num_in_time += 0 < target_s and state.ttft_s <= target_s
         self.itl_s += [after - before for before, after in itertools.pairwise(state.token_times)]
         self.output_tokens += len(state.token_times)
         self.levels.update(state.levels)
@@ -123,7 +125,7 @@ class Tally:
         return {
             "requests": self.num_requests,
             "failed": dict(self.failed),
-            "slo_attainment": self.num_in_time / max(self.num_requests, 1),
+            "slo_attainment": self.num_in_time / self.num_with_target if self.num_with_target else None,
             "ttft_ms": _quantiles_ms(self.ttft_s),
             "itl_ms": _quantiles_ms(self.itl_s),
             "quality_loss": statistics.fmean(self.losses) if self.losses else None,

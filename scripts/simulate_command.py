@@ -139,7 +139,8 @@ def _print(found: dict[str, Any]) -> None:
 
     failed = ", ".join(f"{count} {why}" for why, count in found["failed"].items())
     line("requests", f"{found['requests']}" + (f", of which failed: {failed}" if failed else ""))
-    line("in time", f"{found['slo_attainment']:.1%}")
+    in_time = found["slo_attainment"]
+    line("in time", "no target: the policy says as fast as possible" if in_time is None else f"{in_time:.1%}")
     line("TTFT", times(found["ttft_ms"]))
     line("ITL", times(found["itl_ms"]))
     loss = found["quality_loss"]
