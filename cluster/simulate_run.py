@@ -112,7 +112,7 @@ class Tally:
             self.failed[state.ended] += 1
             return
         self.ttft_s.append(state.ttft_s)
-        self.num_in_time += 0 < target_s and state.ttft_s <= target_s
+        self.num_in_time += target_s > 0 and state.ttft_s <= target_s
         self.itl_s += [after - before for before, after in itertools.pairwise(state.token_times)]
         self.output_tokens += len(state.token_times)
         self.levels.update(state.levels)
