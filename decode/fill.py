@@ -25,7 +25,7 @@ MAX_BAD_BLOBS = 3  # of one source
 # Parts come by the thousand on a fast link and change little; whole blobs and all else lead to a new plan at once.
 PLAN_EVERY_S = 0.005
 # What ticks are for: silence of a link for so long, and a plan that is so old.
-QUIET_S, REPLAN_S = 0.015, 0.1
+QUIET_S, REPLAN_S = 0.015, 0.25
 MAX_REASONS = 200
 LEAST_WAIT_S = 0.001  # what is left of the time for refinements then is too little for any
 
@@ -119,7 +119,11 @@ class FillMachine:
             or (self.wake_at is not None and self.wake_at <= now)
         ):
             return True
-        return any(source.quiet_s(now) > QUIET_S for source in self.sources)
+        # The longer the silence, the less another moment of it says.
+        return any(quiet_s > QUIET_S and now - self._planned_at >= 0.25 * quiet_s for quiet_s in self._quiet_s(now))
+
+    def _quiet_s(self, now: float) -> list[float]:
+        return [source.quiet_s(now) for source in self.sources]
 
     def may_step(self, num_tokens: int) -> bool:
         """Whether the request may compute the token after `num_tokens`. Only a plan that is followed ever waits."""
@@ -273,6 +277,8 @@ class FillMachine:
             elif source.state is SourceState.LOST and now >= source.retry_at:
                 source.state = SourceState.OPENING
                 commands.append(ev.Open(source=source.index))
+            if source.state is SourceState.OPENING:
+                self._wake(source.since + OPEN_TIMEOUT_S)
             if source.state is SourceState.LOST:
                 self._wake(source.retry_at)
         return commands
