@@ -446,6 +446,7 @@ class SimDecodeWorker:
                 num_prompt, size = len(sequence.request.token_ids), self._costs.chunk_tokens
                 start = (num_prompt - 1) // size * size
                 self.compute.observe_tail(start, num_prompt, self._network.now - timeline.filled_at)
+                self._feed(running, ev.FirstToken())
             sequence.output.append(0)
             running.state.token_times.append(self._network.now)
             if len(sequence.output) >= running.state.request.sampling.max_tokens:

@@ -55,7 +55,7 @@ class FillMachine:
         self.upgrades = Upgrades(self.table, self.sources)
         self.reasons: list[tuple[float, str]] = []
         self.plan: Plan | None = None
-        self.ready = self.done = False
+        self.ready = self.done = self._has_first_token = False
         self.received_bytes = 0  # all that came over the links, also what was not used in the end
         self.num_decisions = 0
         self.wake_at: float | None = None
@@ -103,6 +103,8 @@ class FillMachine:
                 self._on_refused(event, now)
             case ev.SourceLost():
                 self._on_lost(self.sources[event.source], event.reason, now, is_final=event.is_final)
+            case ev.FirstToken():
+                self._has_first_token = True
             case ev.Tick():
                 if not self._is_due(now):
                     return []
@@ -372,6 +374,8 @@ class FillMachine:
             if not spec.refine_levels:
                 commands += upgrades.withdraw()
             commands += upgrades.postpone()
+        if spec.refine_levels and not self._has_first_token:
+            return commands  # decoding would take cores from the tail
         if spec.refine_levels:
             commands += upgrades.ask(self._ladder(spec.refine_levels), UNLIMITED, Kind.LATER, now)
         if not upgrades.num_waiting and not (

@@ -104,13 +104,18 @@ class SourceLost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FirstToken:
+    """It was drawn: what is refined from now on takes no core from the tail."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Tick:
     """Time passed. Silence of a link shows only through ticks."""
 
 
 Event = (
     Opened | PartArrived | BlobArrived | BlobDecoded | BlobRejected | Refined | RefinementRejected | ChunkComputed
-    | ChunkRefused | SourceLost | Tick
+    | ChunkRefused | SourceLost | FirstToken | Tick
 )  # fmt: skip
 
 

@@ -142,6 +142,12 @@ class KVPuller:
         if fill is not None:
             self._feed(fill, ev.ChunkComputed(chunk=chunk), now)
 
+    def first_token(self, key: str, now: float) -> None:
+        """The request's first token was drawn."""
+        fill = self._fills.get(key)
+        if fill is not None:
+            self._feed(fill, ev.FirstToken(), now)
+
     def pages_put(self, key: str, pages: NewPages, after_tokens: int, now: float) -> None:
         """The engine has copied a better level into the pages."""
         self.counters["kv_refined_chunks_total"] += 1

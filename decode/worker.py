@@ -320,6 +320,7 @@ class DecodeWorker:
         if timeline.filled_at is not None:
             num_prompt, size = len(sequence.request.token_ids), self._limits.chunk_tokens
             self._compute.observe_tail((num_prompt - 1) // size * size, num_prompt, now - timeline.filled_at)
+        self._puller.first_token(sequence.key, now)
 
     def token_drawn(self, sequence: Sequence, token: int, now: float) -> None:
         if not sequence.output:

@@ -17,7 +17,7 @@ from decode.fill_events import Refine
 from decode.scheduler import Sequence
 from decode.slo import SLOPolicy
 from prefill.chunks import REFINES, chunk_keys
-from prefill.engine import Engine, prefill
+from prefill.engine import Engine, SequenceSlice, prefill
 from prefill.runtime import ModelRuntime
 from prefill.worker import PrefillWorker
 from transport.shaper import Shaper
@@ -71,6 +71,11 @@ class Gate:
 
 def on_thread(name: str) -> Callable[..., bool]:
     return lambda *_, **__: threading.current_thread().name == name
+
+
+def in_answer(_: Engine, slices: list[SequenceSlice]) -> bool:
+    """A step of the decode worker with nothing but rows of running answers: first tokens are out."""
+    return threading.current_thread().name == "decode-engine" and all(len(item.token_ids) == 1 for item in slices)
 
 
 def only(pair: Pair) -> Sequence:
@@ -159,13 +164,13 @@ def test_no_more_than_a_few_chunks_are_copied_between_two_steps(pair: Pair, monk
     monkeypatch.setattr("decode.engine_loop.MAX_COPY_BYTES", 1)  # one at a time
     tokens = prompt(NUM_CHUNKS * CHUNK + 5, seed=4)
     pair.ask(tokens, kv_mode="q1")
-    gate = Gate(monkeypatch, Engine, "forward", on_thread("decode-engine"))
+    gate = Gate(monkeypatch, Engine, "forward", in_answer)
     asking = pair.begin(tokens, max_tokens=100)
-    gate.wait()  # in the tail, until all refinements wait to be copied
+    gate.wait()  # before the second token, until all refinements wait to be copied
     until(lambda: sum(len(state.new_pages) for state in pair.decode._requests.values()) == NUM_CHUNKS)
     gate.open()
     steps = asking.receipt()["plan"]["refinements"]
-    assert [step["after_tokens"] for step in steps] == list(range(1, NUM_CHUNKS + 1))
+    assert [step["after_tokens"] for step in steps] == list(range(2, NUM_CHUNKS + 2))
 
 
 def test_refinements_that_a_first_token_waits_for_are_decoded_before_those_of_running_answers(
@@ -228,8 +233,8 @@ def hold(where: str, monkeypatch: pytest.MonkeyPatch) -> Gate:
         return Gate(monkeypatch, PrefillWorker, "_blob", lambda *args: REFINES in args[3])
     if where == "decoding":
         return Gate(monkeypatch, ModelRuntime, "decode", on_thread("kv-decode"))
-    # In the tail: until that step ends, what is decoded waits to be copied.
-    return Gate(monkeypatch, Engine, "forward", on_thread("decode-engine"))
+    # Until the step of the second token ends, what is decoded waits to be copied.
+    return Gate(monkeypatch, Engine, "forward", in_answer)
 
 
 @pytest.mark.parametrize("way", ["cancelled", "finished"])

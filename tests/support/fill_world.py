@@ -162,6 +162,7 @@ class World:
                     assert all(log.state is ChunkState.FILLED for log in self.machine.chunks)
                     assert self.ready_at is None
                     self.ready_at = self.now
+                    self.at(self.tail_s, ev.FirstToken())
                 case ev.Fail():
                     pass
 

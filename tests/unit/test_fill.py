@@ -22,6 +22,7 @@ from decode.fill_events import (
     Compute,
     Decode,
     Fail,
+    FirstToken,
     Open,
     Opened,
     PartArrived,
@@ -90,7 +91,10 @@ def opened(**options: Any) -> tuple[FillMachine, list[Command]]:
 
 
 def tell(fill: FillMachine, event: Any, now: float) -> list[Command]:
+    """What the machine answers; the first token comes as soon as it may."""
     commands = fill.handle(event, now)
+    if Ready() in commands and not fill.done:
+        commands += fill.handle(FirstToken(), now)
     fill.check_integrity()
     ends = [i for i, command in enumerate(commands) if isinstance(command, Fail)]
     assert not ends or ends == [len(commands) - 1], "commands after the end"
@@ -195,6 +199,16 @@ def test_after_the_end_nothing_matters() -> None:
     ):
         assert fill.handle(event, 0.3) == []
     assert fill.may_step(1) and fill.num_decisions == 5
+
+
+def test_nothing_more_is_refined_while_the_tail_is_computed() -> None:
+    """Decoding would take cores from it; from the first token on refinements go."""
+    fill, _ = opened(num_chunks=1, levels=("q1", "q3"), target_s=0.0, refine_levels=("q1", "q3"))
+    fill.handle(blob(0, "q3"), 0.1)
+    assert fill.handle(BlobDecoded(chunk=0, seconds=0.004), 0.2) == [Ready()]
+    assert fill.handle(Tick(), 0.9) == [] and not fill.done
+    (ask,) = fill.handle(FirstToken(), 1.0)
+    assert isinstance(ask, Ask) and ask.kind is Kind.LATER
 
 
 def test_a_machine_that_has_ended_keeps_no_blobs() -> None:

@@ -19,6 +19,7 @@ from decode.fill_events import (
     BlobDecoded,
     BlobRejected,
     ChunkComputed,
+    FirstToken,
     Opened,
     PartArrived,
     Refined,
@@ -109,6 +110,7 @@ def loaded(*levels: str, **options: Any) -> FillMachine:
     for chunk, level in reversed(list(enumerate(levels))):
         arrive(machine, chunk, level, 700 + chunk, 11.1)
         machine.handle(BlobDecoded(chunk=chunk, seconds=0.001), 11.2)
+    machine.handle(FirstToken(), 11.2)
     return machine
 
 
