@@ -6,11 +6,16 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter, OrderedDict
-from collections.abc import AsyncIterator, Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
 
-from cluster.routing import Route, WorkerInfo, choose_route
+from cluster.membership import WorkerInfo
+from cluster.prefix_index import Coverage
+from cluster.prefix_lookup import PrefixLookup
+from cluster.routing import Route, choose_route, way_of
+from cluster.sent_ledger import SentLedger
+from decode.answers import read_answer
 from decode.requests import (
     FailedEvent,
     FinishedEvent,
@@ -26,39 +31,51 @@ from transport.stream_client import StreamClient
 log = logging.getLogger("kvstream.gateway")
 
 MAX_ATTEMPTS = 3
-MAX_KNOWN_REQUESTS = 4096
+MAX_KNOWN_REQUESTS = MAX_KNOWN_GROUPS = 4096
 CALL_TIMEOUT_S = 2.0
 AVOID_S = 10.0  # as long as it takes the controller to forget a worker that is gone
 
 
 class ClusterBackend:
-    """See cluster/backend.py. `table` is replaced by whoever follows the controller; an old one keeps serving."""
+    """See cluster/backend.py. `table` is replaced by whoever follows the controller; an old one keeps serving.
+    `lookup`: the prefix index; without one, prompts go to the prefill workers that own them by hash."""
 
     def __init__(self, *, chunk_tokens: int, curve: CurveKeys | None = None) -> None:
-        self.table: Sequence[WorkerInfo] = ()
+        self._table: Sequence[WorkerInfo] = ()
+        self.lookup: PrefixLookup | None = None
         self._chunk_tokens, self._curve = chunk_tokens, curve
         self._clients: dict[str, StreamClient] = {}  # by endpoint
         self._closing: set[asyncio.Task[None]] = set()
-        self._in_flight: Counter[str] = Counter()
+        self._sent = SentLedger()
+        self._group_at: OrderedDict[str, str] = OrderedDict()  # by group, the incarnation that has it
         self._lost_at: dict[str, float] = {}  # when a stream to an incarnation broke
         self._served_by: OrderedDict[str, WorkerInfo] = OrderedDict()  # by request id, for receipts
+
+    @property
+    def table(self) -> Sequence[WorkerInfo]:
+        return self._table
+
+    @table.setter
+    def table(self, table: Sequence[WorkerInfo]) -> None:
+        self._table = table
+        self._sent.follow(table, time.monotonic())
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
         """Tokens in order, then one end. A request whose worker died before its first token goes to another one."""
         error = ""
+        holders = await self._holders(request)
         for _ in range(MAX_ATTEMPTS):
-            route = self._route(request)
+            route = self._route(request, holders)
             if route is None:
                 break
-            self._served_by[request.request_id] = route.decode
-            while len(self._served_by) > MAX_KNOWN_REQUESTS:
-                self._served_by.popitem(last=False)
-            has_tokens = False
-            self._in_flight[route.decode.id] += 1
+            _remember(self._served_by, request.request_id, route.decode, MAX_KNOWN_REQUESTS)
+            number, has_tokens = self._note(route), False
             try:
                 async with contextlib.aclosing(self._attempt(request, route)) as events:
                     async for event in events:
-                        has_tokens = True
+                        if not has_tokens and isinstance(event, TokensEvent):
+                            has_tokens = True
+                            self._sent.first_token(number)
                         yield event
                 return
             except StreamError as lost:
@@ -71,7 +88,7 @@ class ClusterBackend:
                     yield FailedEvent(status=502, code="worker_lost", message=message)
                     return
             finally:
-                self._in_flight[route.decode.id] -= 1
+                self._sent.ended(number)
         reason = f" The last error: {error}" if error else ""
         raise RequestRefused(
             f"No decode worker can be reached; try again in a few seconds.{reason}", status=503, code="no_worker"
@@ -110,15 +127,33 @@ class ClusterBackend:
 
     # -- inside ---------------------------------------------------------------------------------------------------
 
-    def _route(self, request: GenerationRequest) -> Route | None:
-        return choose_route(
+    async def _holders(self, request: GenerationRequest) -> Mapping[str, Coverage]:
+        if self.lookup is None or way_of(request) == "compute":
+            return {}
+        return await self.lookup.holders(request.token_ids, request.cache_salt)
+
+    def _route(self, request: GenerationRequest, holders: Mapping[str, Coverage]) -> Route | None:
+        route = choose_route(
             self.table,
             request.token_ids,
             chunk_tokens=self._chunk_tokens,
             cache_salt=request.cache_salt,
-            in_flight=self._in_flight,
+            in_flight=self._sent.in_flight(),
             avoid=self._lost_lately(),
+            holders=holders,
+            pending=self._sent.pending(time.monotonic()),
+            way=way_of(request),
+            prefer=self._group_at.get(request.group),
         )
+        if route is not None and request.group:
+            _remember(self._group_at, request.group, route.decode.incarnation, MAX_KNOWN_GROUPS)
+        return route
+
+    def _note(self, route: Route) -> int:
+        tokens = {route.decode.id: route.decode_tokens}
+        if route.prefill_tokens:
+            tokens[route.sources[0].id] = route.prefill_tokens
+        return self._sent.send(route.decode.id, tokens, time.monotonic())
 
     def _lost_lately(self) -> frozenset[str]:
         """Incarnations to leave alone for a while: a dead one is out of the table by then, a cut may have healed."""
@@ -142,25 +177,23 @@ class ClusterBackend:
             task.add_done_callback(self._closing.discard)
 
     async def _attempt(self, request: GenerationRequest, route: Route) -> AsyncIterator[GenerationEvent]:
-        sources = [
-            {"id": found.id, "endpoint": found.endpoint, "public_key": found.public_key} for found in route.sources
-        ]
+        sources = [source.to_wire() for source in route.sources]
         body = {"kind": "generate", "request": request.to_wire(), "sources": sources}
         async with self._client(route.decode).submit(body) as stream:
             async for answer in stream:
-                if "refused" in answer:
-                    raise RequestRefused(**answer["refused"])
-                if "failed" in answer:
-                    yield FailedEvent(**answer["failed"])
-                    return
-                if answer.get("tokens"):
-                    yield TokensEvent(token_ids=tuple(answer["tokens"]))
-                if "finished" in answer:
-                    yield FinishedEvent(**answer["finished"])
-                    return
+                for event in read_answer(answer):
+                    yield event
+                    if isinstance(event, FailedEvent | FinishedEvent):
+                        return
 
     async def _call(self, info: WorkerInfo, body: dict[str, Any]) -> dict[str, Any] | None:
         try:
             return await asyncio.wait_for(self._client(info).call(body), CALL_TIMEOUT_S)
         except (StreamError, TimeoutError):
             return None
+
+
+def _remember(known: OrderedDict[str, Any], key: str, value: Any, limit: int) -> None:
+    known[key] = value
+    while len(known) > limit:
+        known.popitem(last=False)

@@ -7,7 +7,8 @@ from typing import Any, Protocol
 
 from jinja2 import TemplateError
 
-from cluster.openai_schema import APIError, CompletionBody, Message
+from cluster.openai_errors import APIError
+from cluster.openai_schema import ChatBody, CompletionBody, GenerationBody, Message
 
 
 class Tokenizer(Protocol):
@@ -20,9 +21,32 @@ class Tokenizer(Protocol):
     def apply_chat_template(self, conversation: list[dict[str, Any]], **options: Any) -> Any: ...
 
 
-def completion_token_ids(tokenizer: Tokenizer, body: CompletionBody, *, vocab_size: int) -> list[int]:
-    """The prompt of a completion. Token ids are taken as they are. Raises APIError."""
-    prompt = body.single_prompt()
+def prompt_token_ids(tokenizer: Tokenizer, body: GenerationBody, *, vocab_size: int) -> list[list[int]]:
+    """The prompts of a completion or the one of a chat. Raises APIError."""
+    if isinstance(body, CompletionBody):
+        return [_completion_token_ids(tokenizer, prompt, body, vocab_size) for prompt in body.prompts()]
+    assert isinstance(body, ChatBody)
+    text = render_chat(tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt)
+    return [_not_empty(tokenizer.encode(text, add_special_tokens=False))]
+
+
+def bad_word_ids(tokenizer: Tokenizer, words: Sequence[str]) -> list[list[int]]:
+    """Each word as it is spelled at the beginning of a text and, where the tokens are others, after a space; as vLLM
+    does it."""
+    found: list[list[int]] = []
+    for word in words:
+        plain = tokenizer.encode(word.lstrip(), add_special_tokens=False)
+        spaced = tokenizer.encode(" " + word.lstrip(), add_special_tokens=False)
+        found += [plain] if plain else []
+        if spaced and plain and spaced[0] != plain[0] and len(spaced) == len(plain):
+            found.append(spaced)
+    return found
+
+
+def _completion_token_ids(
+    tokenizer: Tokenizer, prompt: str | list[int], body: CompletionBody, vocab_size: int
+) -> list[int]:
+    """Token ids are taken as they are."""
     if isinstance(prompt, str):
         return _not_empty(tokenizer.encode(prompt, add_special_tokens=body.add_special_tokens))
     if max(prompt) >= vocab_size:
@@ -33,14 +57,6 @@ def completion_token_ids(tokenizer: Tokenizer, body: CompletionBody, *, vocab_si
             param="prompt",
         )
     return prompt
-
-
-def chat_token_ids(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool = True
-) -> list[int]:
-    """The messages through the model's chat template. Raises APIError."""
-    text = render_chat(tokenizer, messages, add_generation_prompt=add_generation_prompt)
-    return _not_empty(tokenizer.encode(text, add_special_tokens=False))
 
 
 def render_chat(tokenizer: Tokenizer, messages: Sequence[Message], *, add_generation_prompt: bool) -> str:

@@ -11,13 +11,15 @@ from typing import Any
 from cluster.backend import Backend
 from cluster.detokenize import OutputText, Piece
 from cluster.metrics import GatewayMetrics
-from cluster.openai_schema import APIError
+from cluster.openai_errors import APIError
 from decode.requests import (
     FailedEvent,
     FinishedEvent,
     GenerationEvent,
     GenerationRequest,
+    PromptLogprobsEvent,
     RequestRefused,
+    TokenLogprobs,
     TokensEvent,
 )
 
@@ -26,30 +28,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Done:
-    """The end of a request that went well. `text`: what had been held back."""
+    """The end of a request that went well. `text`: what had been held back. `prompt_logprobs`: of the prompt's tokens
+    but the first, if asked for."""
 
     text: str
     finish_reason: str
     prompt_tokens: int
     completion_tokens: int
     receipt: dict[str, Any] | None
-
-    def usage(self) -> dict[str, int]:
-        """As OpenAI reports it."""
-        total = self.prompt_tokens + self.completion_tokens
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": total,
-        }
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
 
 
 async def run_request(
-    backend: Backend, request: GenerationRequest, output: OutputText, metrics: GatewayMetrics
+    backend: Backend,
+    request: GenerationRequest,
+    output: OutputText,
+    metrics: GatewayMetrics,
+    *,
+    counts_prompt: bool = True,
 ) -> AsyncGenerator[Piece | Done, None]:
-    """Pieces of text and, last, Done. Raises APIError. Closing the generator cancels the request."""
+    """Pieces of text and, last, Done. Raises APIError. Closing the generator cancels the request. counts_prompt: its
+    prompt is not another's too, that counts it in the metrics."""
     arrived = first = last = time.monotonic()
     completion_tokens = 0
+    prompt_logprobs: list[TokenLogprobs] | None = [] if request.sampling.prompt_logprobs is not None else None
     metrics.running.inc()
     events = backend.generate(request)
     try:
@@ -64,8 +66,13 @@ async def run_request(
                     prompt_tokens=event.prompt_tokens,
                     completion_tokens=event.completion_tokens,
                     receipt=event.receipt,
+                    prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
                 ))  # fmt: skip
                 return
+            if isinstance(event, PromptLogprobsEvent):
+                assert prompt_logprobs is not None and event.start - 1 <= len(prompt_logprobs), event.start
+                prompt_logprobs[event.start - 1 :] = event.logprobs  # anew, if another worker had begun
+                continue
             assert isinstance(event, TokensEvent)
             if not event.token_ids:
                 continue
@@ -73,11 +80,11 @@ async def run_request(
             if completion_tokens == 0:
                 first = now
                 metrics.ttft.observe(now - arrived)
-                metrics.prompt_tokens.inc(len(request.token_ids))
+                metrics.prompt_tokens.inc(len(request.token_ids) if counts_prompt else 0)
             else:
                 metrics.token_gap(now - last, len(event.token_ids))
             last = now
-            piece = output.push(event.token_ids)
+            piece = output.push(event.token_ids, event.logprobs)
             completion_tokens += len(piece.token_ids)
             yield piece
             if piece.stopped:
@@ -88,6 +95,7 @@ async def run_request(
                     prompt_tokens=len(request.token_ids),
                     completion_tokens=completion_tokens,
                     receipt=await backend.receipt(request.request_id),
+                    prompt_logprobs=None if prompt_logprobs is None else tuple(prompt_logprobs),
                 ))  # fmt: skip
                 return
         raise APIError(502, "the worker ended this request without saying why", code="worker_lost")

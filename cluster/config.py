@@ -132,8 +132,22 @@ class ServeFile(BaseModel):
     kv_memory: Bytes | None = Field(
         default=None, description="A worker's paged pool in bytes, such as 1GiB. Not with kv_blocks."
     )
-    store_bytes: Bytes = Field(
-        default=512 * 2**20, description="Encoded chunks that a prefill worker keeps in RAM, in bytes."
+    prefix_caching: bool = Field(
+        default=True,
+        description="Decode workers keep what they served: its pages, which requests with the same prefix share, and "
+        "chunks in a store of their own. false: they keep nothing, and every prompt is loaded or computed anew.",
+    )
+    store_bytes: Bytes = Field(default=512 * 2**20, description="Encoded chunks that a worker keeps in RAM, in bytes.")
+    store_path: str | None = Field(
+        default=None,
+        description="Directory, on every node, in which workers keep chunks on disk, each in a folder of its own name. "
+        "They survive restarts. Default: chunks are kept in RAM only.",
+    )
+    store_disk_bytes: Bytes = Field(
+        default=8 * 2**30, description="The most that a worker keeps on disk, in bytes. Only with store_path."
+    )
+    store_ttl_s: float | None = Field(
+        default=None, gt=0, description="Chunks that nobody used for so many seconds are dropped. Default: never."
     )
     host: str = Field(
         default="127.0.0.1", description="Where the gateway listens; 0.0.0.0 to be reached from elsewhere."

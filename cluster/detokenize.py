@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
+from decode.requests import TokenLogprobs
+
 REPLACEMENT = "\ufffd"  # what decoders put where bytes are no (or not yet) valid UTF-8
 _WINDOW_TOKENS = 16
 
@@ -46,11 +48,12 @@ class IncrementalDetokenizer:
 
 
 class StopScanner:
-    """Cuts text before the first stop string, holding back only what could still become one."""
+    """Cuts text before the first stop string (or behind it), holding back only what could still become one."""
 
-    def __init__(self, stops: Sequence[str]) -> None:
+    def __init__(self, stops: Sequence[str], *, keep_stop: bool = False) -> None:
         assert all(stops), "a stop string is empty"
         self._stops = tuple(stops)
+        self._keep_stop = keep_stop
         self._held = ""
         self.stopped = False
 
@@ -59,10 +62,11 @@ class StopScanner:
         if self.stopped:
             return ""
         text = self._held + text
-        found = [at for at in (text.find(stop) for stop in self._stops) if at >= 0]
+        found = [(at, len(stop)) for at, stop in ((text.find(stop), stop) for stop in self._stops) if at >= 0]
         if found:
             self.stopped, self._held = True, ""
-            return text[: min(found)]
+            at, size = min(found)
+            return text[: at + size if self._keep_stop else at]
         keep = max((_overlap(text, stop) for stop in self._stops), default=0)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
@@ -80,15 +84,19 @@ def _overlap(text: str, stop: str) -> int:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """New text and the tokens it came with. `stopped`: a stop string was found; nothing follows."""
+    """New text and the tokens it came with. offsets: where in the answer (in characters) the text of each token
+    begins; logprobs: one for each token, if asked for. `stopped`: a stop string was found; nothing follows."""
 
     text: str
     token_ids: tuple[int, ...]
+    offsets: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
     stopped: bool = False
 
 
 class OutputText:
-    """Detokenizer and stop strings together. `silent_ids` (end of sequence) have no text."""
+    """Detokenizer and stop strings together. `silent_ids` (end of sequence) have no text. `keep_stop`: the stop string
+    stays in the text. Stop strings count in what comes after the first `min_tokens` tokens."""
 
     def __init__(
         self,
@@ -96,20 +104,35 @@ class OutputText:
         *,
         stops: Sequence[str] = (),
         silent_ids: Collection[int] = (),
+        keep_stop: bool = False,
+        min_tokens: int = 0,
     ) -> None:
         self._detokenizer = IncrementalDetokenizer(decode)
-        self._scanner = StopScanner(stops)
+        self._scanner = StopScanner(stops, keep_stop=keep_stop)
         self._silent_ids = frozenset(silent_ids)
+        self._free_tokens = min_tokens  # so many more are not searched for stop strings
+        self._num_chars = 0
 
-    def push(self, token_ids: Sequence[int]) -> Piece:
+    def push(self, token_ids: Sequence[int], logprobs: Sequence[TokenLogprobs] | None = None) -> Piece:
         """The piece for newly sampled tokens; tokens after a stop string are dropped."""
-        text = ""
-        for count, token_id in enumerate(token_ids, start=1):
+        text, offsets = "", []
+        for token_id in token_ids:
+            offsets.append(self._num_chars)
             if token_id not in self._silent_ids:
-                text += self._scanner.push(self._detokenizer.push(token_id))
+                new = self._detokenizer.push(token_id)
+                self._num_chars += len(new)
+                text += self._scanner.push(new) if self._free_tokens <= 0 else new
+            self._free_tokens -= 1
             if self._scanner.stopped:
-                return Piece(text=text, token_ids=tuple(token_ids[:count]), stopped=True)
-        return Piece(text=text, token_ids=tuple(token_ids))
+                break
+        count = len(offsets)
+        return Piece(
+            text=text,
+            token_ids=tuple(token_ids[:count]),
+            offsets=tuple(offsets),
+            logprobs=None if logprobs is None else tuple(logprobs[:count]),
+            stopped=self._scanner.stopped,
+        )
 
     def flush(self) -> Piece:
         """The end of the text."""

@@ -8,19 +8,21 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from importlib.metadata import PackageNotFoundError, version
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 from fastapi import FastAPI, Request
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
 
+from cluster.answer_stream import collect, events
 from cluster.backend import Backend
-from cluster.chat import Tokenizer, chat_token_ids, completion_token_ids, render_chat
-from cluster.completion import Done, run_request
-from cluster.detokenize import OutputText, Piece
+from cluster.chat import Tokenizer, bad_word_ids, prompt_token_ids, render_chat
+from cluster.completion import run_request
+from cluster.fan_out import merge
+from cluster.generation import Asked, answer_format, generation_requests, output_text
 from cluster.http_shell import (
     ID_KEY,
     TENANT_KEY,
@@ -31,32 +33,19 @@ from cluster.http_shell import (
     on_client_gone,
     on_http_error,
     on_unexpected,
-    sse,
     to_json,
     unless_client_leaves,
 )
-from cluster.kv_options import KVOptions
 from cluster.metrics import GatewayMetrics
 from cluster.openai_answers import AnswerFormat, ModelCard
-from cluster.openai_schema import (
-    REQUEST_ID,
-    APIError,
-    ChatBody,
-    CompletionBody,
-    GenerationBody,
-    TokenizeBody,
-    check_kv_options,
-    milliseconds_header,
-    parse_body,
-    resolve_max_tokens,
-    tenants_salt,
-)
+from cluster.openai_errors import APIError
+from cluster.openai_schema import ChatBody, CompletionBody, GenerationBody, TokenizeBody, parse_body
+from cluster.token_text import TokenTexts
 from decode.requests import GenerationRequest
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 
-DEFAULT_COMPLETION_TOKENS = 16  # OpenAI's; a chat may use all that its context leaves
 HEALTH_TIMEOUT_S = 5.0
 
 
@@ -130,6 +119,7 @@ class Gateway:
         self._models = {card.id: card for card in models}
         self._default_model = models[0]
         self._tokenizer = tokenizer
+        self._texts = TokenTexts(tokenizer)
         self._levels = tuple(levels)
         self._eos_token_ids = frozenset(eos_token_ids)
         self._stall_s = stall_s
@@ -143,97 +133,69 @@ class Gateway:
 
     async def completions(self, request: Request) -> Response:
         body = parse_body(await request.body(), CompletionBody)
-        card = self._card(body.model)
-        token_ids = await self._off_loop(
-            lambda: completion_token_ids(self._tokenizer, body, vocab_size=card.vocab_size)
-        )
-        return await self._answer(request, body, card, token_ids, kind="completion")
+        return await self._answer(request, body, "completion")
 
     async def chat_completions(self, request: Request) -> Response:
         body = parse_body(await request.body(), ChatBody)
-        card = self._card(body.model)
-        token_ids = await self._off_loop(
-            lambda: chat_token_ids(self._tokenizer, body.messages, add_generation_prompt=body.add_generation_prompt)
-        )
-        return await self._answer(request, body, card, token_ids, kind="chat")
+        return await self._answer(request, body, "chat")
 
-    async def _answer(
-        self, request: Request, body: GenerationBody, card: ModelCard, token_ids: list[int], *, kind: Any
-    ) -> Response:
-        generation = self._generation(request, body, card, token_ids, is_chat=kind == "chat")
-        request_id = generation.request_id
-        request.scope[ID_KEY] = request_id
-        answer = AnswerFormat(
-            kind=kind,
-            request_id=request_id,
-            model=card.id,
-            created=int(time.time()),
-            include_usage=bool(body.stream_options and body.stream_options.include_usage),
-            prompt_token_ids=generation.token_ids if body.return_token_ids else None,
+    async def _answer(self, request: Request, body: GenerationBody, kind: Literal["completion", "chat"]) -> Response:
+        card = self._card(body.model)
+        asked, generations, answer = await self._off_loop(lambda: self._prepare(request, body, card, kind))
+        request.scope[ID_KEY] = asked.request_id
+        in_use = {asked.request_id, *(generation.request_id for generation in generations)}
+        if in_use & self._in_flight:
+            message = f"request_id {asked.request_id!r} is in use"
+            raise APIError(409, message, code="request_id_in_use", param="request_id")
+        self._in_flight |= in_use
+        items = merge(
+            [
+                run_request(
+                    self._backend,
+                    generation,
+                    output_text(body, self._tokenizer, self._eos_token_ids),
+                    self._metrics,
+                    counts_prompt=i % answer.n == 0,
+                )
+                for i, generation in enumerate(generations)
+            ]
         )
-        silent = {*generation.sampling.stop_token_ids, *(() if body.ignore_eos else self._eos_token_ids)}
-        output = OutputText(
-            lambda ids: self._tokenizer.decode(ids, skip_special_tokens=True),
-            stops=body.stops(),
-            silent_ids=silent,
-        )
-        if request_id in self._in_flight:
-            raise APIError(409, f"request_id {request_id!r} is in use", code="request_id_in_use", param="request_id")
-        self._in_flight.add(request_id)
-        pieces = run_request(self._backend, generation, output, self._metrics)
 
         async def close() -> None:
-            self._in_flight.discard(request_id)
-            await pieces.aclose()
+            self._in_flight -= in_use
+            await items.aclose()
 
         try:
             if not body.stream:
                 try:
-                    whole = await unless_client_leaves(request.receive, _collect(pieces, answer))
+                    whole = await unless_client_leaves(request.receive, collect(items, answer))
                 finally:
                     await close()
                 return Response(to_json(whole), media_type="application/json")
             # Nothing is promised to the client before the first token: a request that fails until then gets its
             # HTTP status, not a stream that starts well.
-            first = await unless_client_leaves(request.receive, anext(pieces))
+            first = await unless_client_leaves(request.receive, anext(items))
         except BaseException:
             await close()
             raise
-        return EventStream(_stream(first, pieces, answer, self._metrics), close=close, stall_s=self._stall_s)
+        return EventStream(events(first, items, answer, self._metrics), close=close, stall_s=self._stall_s)
 
-    def _generation(
-        self, request: Request, body: GenerationBody, card: ModelCard, token_ids: list[int], *, is_chat: bool
-    ) -> GenerationRequest:
-        options = body.kv or KVOptions()
-        check_kv_options(options, self._levels)
-        # The body wins over the headers, which are checked all the same.
-        ttft_ms = milliseconds_header(request.headers, "x-slo-ttft-ms")
-        ttft_ms = ttft_ms if options.ttft_ms is None else options.ttft_ms
-        itl_ms = milliseconds_header(request.headers, "x-slo-tpot-ms", may_be_zero=False)
-        itl_ms = itl_ms if options.itl_ms is None else options.itl_ms
-        tenant = request.scope.get(TENANT_KEY, "")
-        request_id = body.request_id if body.request_id is not None else request.scope[ID_KEY]
-        if not REQUEST_ID.fullmatch(request_id):
-            message = "request_id: 1 to 128 letters, digits, dots, colons, dashes or underscores"
-            raise APIError(400, message, code="invalid_value", param="request_id")
-        max_tokens = resolve_max_tokens(
-            body.token_limit(),
-            prompt_tokens=len(token_ids),
-            max_context=card.max_context,
-            default=None if is_chat else DEFAULT_COMPLETION_TOKENS,
+    def _prepare(
+        self, request: Request, body: GenerationBody, card: ModelCard, kind: Literal["completion", "chat"]
+    ) -> tuple[Asked, list[GenerationRequest], AnswerFormat]:
+        """All that is to be known before anything is asked of workers. In the tokenizer's thread."""
+        asked = Asked(
+            kind=kind,
+            request_id=body.request_id if body.request_id is not None else request.scope[ID_KEY],
+            tenant=request.scope.get(TENANT_KEY, ""),
+            headers=request.headers,
+            card=card,
+            prompts=prompt_token_ids(self._tokenizer, body, vocab_size=card.vocab_size),
+            bad_words=bad_word_ids(self._tokenizer, body.bad_words or ()),
         )
-        return GenerationRequest(
-            request_id=request_id,
-            token_ids=tuple(token_ids),
-            sampling=body.sampling(max_tokens),
-            kv_mode=options.mode,
-            ttft_s=None if ttft_ms is None else ttft_ms / 1000,
-            floor=options.floor,
-            cache_salt=tenants_salt(tenant, body.cache_salt or ""),
-            tenant=tenant,
-            itl_s=None if itl_ms is None else itl_ms / 1000,
-            plan=None if options.plan is None else options.plan.model_dump(),
-        )
+        generations = generation_requests(body, asked, levels=self._levels, eos_token_ids=self._eos_token_ids)
+        answer = answer_format(body, asked, tokenizer=self._tokenizer, texts=self._texts, created=int(time.time()))
+        return asked, generations, answer
 
     # -- the rest--
 
@@ -260,7 +222,7 @@ class Gateway:
 
     async def receipt(self, request_id: str) -> Response:
         plain = request_id.removeprefix("chatcmpl-").removeprefix("cmpl-")
-        for candidate in dict.fromkeys((request_id, plain)):
+        for candidate in dict.fromkeys((request_id, plain, f"{plain}-0")):  # of several choices, the first one's
             receipt = await self._backend.receipt(candidate)
             if receipt is not None:
                 return _json(receipt)
@@ -303,33 +265,6 @@ class Gateway:
 
     async def _off_loop(self, work: Callable[[], T]) -> T:
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, work)
-
-
-async def _collect(pieces: AsyncIterator[Piece | Done], answer: AnswerFormat) -> dict[str, Any]:
-    collected: list[Piece] = []
-    async for piece in pieces:
-        if isinstance(piece, Done):
-            return answer.whole(collected, piece)
-        collected.append(piece)
-    raise AssertionError("run_request ends with Done or raises")
-
-
-async def _stream(
-    first: Piece | Done, rest: AsyncIterator[Piece | Done], answer: AnswerFormat, metrics: GatewayMetrics
-) -> AsyncGenerator[bytes, None]:
-    for chunk in answer.first():
-        yield sse(chunk)
-    piece, is_first = first, True
-    try:
-        while not isinstance(piece, Done):
-            yield sse(answer.piece(piece, is_first=is_first))
-            piece, is_first = await anext(rest), False
-        for chunk in answer.last(piece):
-            yield sse(chunk)
-    except APIError as error:  # too late for a status
-        metrics.failure.labels(status=str(error.status)).inc()
-        yield sse(error.body())
-    yield sse(b"[DONE]")
 
 
 def _json(value: Any, *, status: int = 200) -> Response:

@@ -16,7 +16,8 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from cluster.openai_schema import REQUEST_ID, APIError
+from cluster.openai_errors import APIError
+from cluster.openai_schema import REQUEST_ID
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")

@@ -24,9 +24,9 @@ from rich.console import Console
 
 from cluster.actors import CONTROLLER, Controller, GatewayActor, WorkerActor
 from cluster.config import ServeConfig, StartRefused, WorkerLink
+from cluster.membership import Role, WorkerInfo
 from cluster.policy import why_unservable
 from cluster.policy_reload import PolicyKeeper
-from cluster.routing import Role, WorkerInfo
 from decode.slo import SLOPolicy
 from prefill.runtime import limit_threads
 from transport.curve import CurveKeys, is_loopback
@@ -185,11 +185,14 @@ def _start(config: ServeConfig) -> RunningCluster:
                 "insecure": config.insecure,
                 "curve": make_server_keys(),
             }
-            if role == "prefill":
-                worker["store_bytes"] = config.store_bytes
-            else:
-                worker |= {"policy": config.policy, "chunk_tokens": config.chunk_tokens}
             worker_id = f"{role}-{number}"
+            if role == "decode":
+                worker |= {
+                    "policy": config.policy,
+                    "chunk_tokens": config.chunk_tokens,
+                    "prefix_caching": config.prefix_caching,
+                    "kv_bind": _bind(WorkerLink(), is_local),
+                }
             workers[worker_id] = actor.options(
                 num_cpus=0, resources={role: 1}, max_restarts=-1, runtime_env=environment
             ).remote(
@@ -197,6 +200,7 @@ def _start(config: ServeConfig) -> RunningCluster:
                 worker_id=worker_id,
                 runtime=runtime,
                 worker=worker,
+                store=_store(config, worker_id) if role == "prefill" or config.prefix_caching else None,
                 advertise=link.advertise,
             )
     name = config.model_name or Path(config.model).resolve().name
@@ -271,6 +275,16 @@ def _keys(*, enabled: bool) -> tuple[CurveKeys | None, Any]:
 def _link(config: ServeConfig, role: Role | str, number: int) -> WorkerLink:
     links = getattr(config.link, role)
     return links[number] if number < len(links) else WorkerLink()
+
+
+def _store(config: ServeConfig, worker_id: str) -> dict[str, Any]:
+    return {
+        "ram_bytes": config.store_bytes,
+        "chunk_tokens": config.chunk_tokens,
+        "path": None if config.store_path is None else str(Path(config.store_path) / worker_id),
+        "disk_bytes": config.store_disk_bytes,
+        "ttl_s": config.store_ttl_s,
+    }
 
 
 def _bind(link: WorkerLink, is_local: bool) -> str:

@@ -9,34 +9,20 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from pydantic_core import from_json
 
 from cluster.kv_options import KVOptions
-from decode.requests import SamplingParams
+from cluster.openai_errors import APIError
+from cluster.sampling_fields import MAX_STOPS, NumLogprobs, SamplingFields, TokenId
 
 REQUEST_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:\-]{0,127}")
-MAX_TOKEN_ID = 2**31 - 1
-MAX_STOPS = 16
 
 # Known elsewhere, not here: the values that ask for nothing, and so are accepted.
 _INERT: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "best_of": (1,),
-    "echo": (False,),
     "suffix": ("",),
-    "logprobs": (False,),
-    "top_logprobs": (0,),
-    "prompt_logprobs": (),
-    "logit_bias": ({},),
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "repetition_penalty": (1,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "priority": (0,),
     "use_beam_search": (False,),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
@@ -48,42 +34,14 @@ _INERT: dict[str, tuple[Any, ...]] = {
     "audio": (),
     "prediction": (),
     "prompt_embeds": (),
-    "bad_words": ([],),
-    "allowed_token_ids": (),
-    "include_stop_str_in_output": (False,),
-    "skip_special_tokens": (True,),
     "continue_final_message": (False,),
 }
 
 _UNIONS = {
-    "prompt": "must be a string or a list of token ids",
+    "prompt": "must be a string or a list of token ids, or a list of these",
     "stop": f"must be a string or a list of at most {MAX_STOPS} strings, none of them empty",
     "content": "must be a string or a list of {type: text, text: ...} parts; no other parts are supported",
 }
-
-_ERROR_TYPES = {
-    401: "authentication_error",
-    404: "not_found_error",
-    429: "rate_limit_error",
-    503: "service_unavailable_error",
-}
-
-
-class APIError(Exception):
-    """An error that a client sees: HTTP status and the body OpenAI's clients know."""
-
-    def __init__(self, status: int, message: str, *, code: str | None = None, param: str | None = None) -> None:
-        super().__init__(message)
-        self.status = status
-        self.message = message
-        self.code = code
-        self.param = param
-
-    def body(self) -> dict[str, Any]:
-        """{"error": {...}}"""
-        default = "internal_error" if self.status >= 500 else "invalid_request_error"
-        kind = _ERROR_TYPES.get(self.status, default)
-        return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
 
 class StreamOptions(BaseModel):
@@ -98,71 +56,68 @@ def _without_nul(text: str) -> str:
     return text
 
 
-TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
-StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+class GenerationBody(SamplingFields):
+    """What both endpoints share. _inert: as _INERT, of one endpoint."""
 
-
-class GenerationBody(BaseModel):
-    """What both endpoints share."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+    _inert: ClassVar[dict[str, tuple[Any, ...]]] = {}
 
     model: str | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=100)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=MAX_TOKEN_ID)] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=MAX_STOPS)] | None = None
-    stop_token_ids: Annotated[list[TokenId], Field(max_length=256)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
-    ignore_eos: bool = False
     return_token_ids: bool | None = None
     cache_salt: Annotated[str, Field(max_length=256), AfterValidator(_without_nul)] | None = None
     request_id: str | None = None
+    priority: Annotated[int, Field(ge=-(2**31), lt=2**31)] | None = None
     kv: KVOptions | None = None
 
     def token_limit(self) -> int | None:
         """The most tokens wanted, where the request says so."""
         return self.max_tokens
 
-    def stops(self) -> tuple[str, ...]:
-        """Stop strings."""
-        return (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ())
-
-    def sampling(self, max_tokens: int) -> SamplingParams:
-        """The part that workers see."""
-        return SamplingParams(
-            max_tokens=max_tokens,
-            temperature=1.0 if self.temperature is None else float(self.temperature),
-            top_p=1.0 if self.top_p is None else float(self.top_p),
-            top_k=max(self.top_k or 0, 0),
-            seed=self.seed,
-            stop_token_ids=tuple(self.stop_token_ids or ()),
-            ignore_eos=self.ignore_eos,
-        )
+    def check_prompt_logprobs(self) -> None:
+        """Raises APIError for what cannot be had together with logprobs of the prompt."""
+        if self.num_prompt_logprobs() is None:
+            return
+        if self.stream:
+            raise APIError(
+                400, "logprobs of the prompt (prompt_logprobs, or echo with logprobs) cannot be streamed",
+                code="unsupported", param="stream",
+            )  # fmt: skip
+        if self.kv is not None and (self.kv.plan is not None or self.kv.mode not in ("auto", "text")):
+            raise APIError(
+                400, "logprobs of the prompt need it computed from its text: leave out kv.plan and kv.mode",
+                code="invalid_value", param="kv",
+            )  # fmt: skip
 
 
 class CompletionBody(GenerationBody):
     """POST /v1/completions"""
 
+    _inert: ClassVar[dict[str, tuple[Any, ...]]] = {"top_logprobs": (0,)}
+
     prompt: str | list[TokenId] | list[str] | list[list[TokenId]]
     add_special_tokens: bool = True
+    logprobs: Annotated[NumLogprobs | None, BeforeValidator(lambda value: None if value is False else value)] = None
+    echo: bool | None = None
 
-    def single_prompt(self) -> str | list[int]:
-        """The one prompt, text or token ids."""
+    def num_logprobs(self) -> int | None:
+        return self.logprobs
+
+    def num_prompt_logprobs(self) -> int | None:
+        """An echo has logprobs where the answer has."""
+        if self.prompt_logprobs is None and self.echo:
+            return self.logprobs
+        return self.prompt_logprobs
+
+    def prompts(self) -> list[str | list[int]]:
+        """Each text or token ids, not empty. Raises APIError."""
         prompt: Any = self.prompt
-        if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int):
-            if len(prompt) > 1:
-                raise APIError(
-                    400, "one prompt per request is supported; send several requests instead",
-                    code="unsupported", param="prompt",
-                )  # fmt: skip
-            prompt = prompt[0]
-        if not prompt:
+        is_list = isinstance(prompt, list) and bool(prompt) and not isinstance(prompt[0], int)
+        prompts: list[str | list[int]] = prompt if is_list else [prompt]
+        if not all(prompts):
             raise APIError(400, "prompt is empty", code="invalid_value", param="prompt")
-        return prompt  # type: ignore[no-any-return]
+        return prompts
 
 
 class TextPart(BaseModel):
@@ -191,12 +146,25 @@ class Message(BaseModel):
 class ChatBody(GenerationBody):
     """POST /v1/chat/completions"""
 
+    _inert: ClassVar[dict[str, tuple[Any, ...]]] = {"echo": (False,)}
+
     messages: Annotated[list[Message], Field(min_length=1, max_length=4096)]
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
     add_generation_prompt: bool = True
+    logprobs: bool | None = None
+    top_logprobs: NumLogprobs | None = None
 
     def token_limit(self) -> int | None:
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
+
+    def num_logprobs(self) -> int | None:
+        if self.logprobs:
+            return self.top_logprobs or 0
+        if self.top_logprobs:
+            raise APIError(
+                400, "top_logprobs: needs `logprobs: true` beside it", code="invalid_value", param="top_logprobs"
+            )
+        return None
 
 
 class TokenizeBody(BaseModel):
@@ -223,7 +191,7 @@ def parse_body(raw: bytes, schema: type[B]) -> B:
     if not isinstance(data, dict):
         raise APIError(400, "the body must be a JSON object", code="invalid_json")
     if issubclass(schema, GenerationBody):
-        refuse_unsupported(data)
+        refuse_unsupported(data, schema._inert)
     try:
         return schema.model_validate(data)
     except ValidationError as error:
@@ -239,9 +207,9 @@ def parse_body(raw: bytes, schema: type[B]) -> B:
         raise APIError(400, f"{field}: {message}", code="invalid_value", param=field) from None
 
 
-def refuse_unsupported(data: dict[str, Any]) -> None:
-    """Raises APIError for a field that would change the answer and that this server does not have."""
-    for name, inert in _INERT.items():
+def refuse_unsupported(data: dict[str, Any], more: Mapping[str, tuple[Any, ...]]) -> None:
+    """Raises APIError for a field that would change the answer and that this server, or the endpoint, does not have."""
+    for name, inert in {**_INERT, **more}.items():
         value = data.get(name)
         if value is None or any(value == ok and isinstance(value, bool) == isinstance(ok, bool) for ok in inert):
             continue

@@ -18,6 +18,7 @@ from typing import Any
 
 from cluster.policy_schema import KNOWN_LEVELS, PolicyFile, RecomputeShare, TenantKeys
 from cluster.yaml_file import ConfigError, Where, YamlDocument, check, did_you_mean, parse_yaml, read_yaml
+from decode.fair_share import TenantShare
 from decode.slo import SLOPolicy
 
 EXACT_LEVELS = ("raw", "lossless")  # nothing of these is left to refine
@@ -38,7 +39,7 @@ def parse_policy(text: str, *, name: str = "<policy>", known_levels: Sequence[st
 def policy_from(document: YamlDocument, *, known_levels: Sequence[str] = KNOWN_LEVELS) -> SLOPolicy:
     """A checked document as a policy: `levels` without `floor` allows all of them."""
     file = check(document, PolicyFile)
-    given = _given(file)
+    given = _given(file, TenantShare())
     if file.levels is not None:
         given = {"levels": tuple(file.levels), "floor": file.levels[-1], **given}
     if file.link_prior_mbps is not None:
@@ -49,7 +50,7 @@ def policy_from(document: YamlDocument, *, known_levels: Sequence[str] = KNOWN_L
         policy = replace(policy, refine_to=_refinable(_best_lossy(policy.levels), policy))
     tenants: dict[str, dict[str, Any]] = {}
     for name, keys in (file.tenants or {}).items():
-        overrides = _given(keys)
+        overrides = _given(keys, policy.share)
         theirs = replace(policy, **overrides)
         problems += _contradictions(document, ("tenants", name), keys, theirs)
         if keys.refine is None and _refinable(policy.refine_to, theirs) is None:
@@ -78,8 +79,8 @@ def why_unservable(policy: SLOPolicy, *, levels: Sequence[str], num_prefill: int
     return reasons
 
 
-def _given(keys: TenantKeys) -> dict[str, Any]:
-    """The keys that are given, as fields of SLOPolicy."""
+def _given(keys: TenantKeys, share: TenantShare) -> dict[str, Any]:
+    """The keys that are given, as fields of SLOPolicy. share: what a part of one is added to."""
     fields: dict[str, Any] = {}
     if keys.ttft_ms is not None:
         fields["ttft_s"] = keys.ttft_ms / 1000
@@ -94,6 +95,15 @@ def _given(keys: TenantKeys) -> dict[str, Any]:
     if keys.recompute is not None:
         fields["allow_recompute"] = keys.recompute != "never"
         fields["max_recompute_share"] = keys.recompute.max_share if isinstance(keys.recompute, RecomputeShare) else 1.0
+    if keys.share is not None:
+        limits = keys.share
+        given: dict[str, Any] = {
+            "weight": limits.weight,
+            "max_requests": limits.max_requests,
+            "max_waiting": limits.max_waiting,
+            "max_blocks_share": limits.max_kv_share,
+        }
+        fields["share"] = replace(share, **{name: value for name, value in given.items() if value is not None})
     if keys.infeasible is not None:
         fields["infeasible"] = keys.infeasible
     return fields

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from cluster.membership import WorkerInfo
 from cluster.policy import load_policy
-from cluster.routing import WorkerInfo
 from cluster.yaml_file import ConfigError
 from decode.slo import SLOPolicy
 

@@ -65,6 +65,23 @@ Recompute = Annotated[
 ]
 
 
+class Share(BaseModel):
+    """What is left out is the policy's, or no limit."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+    weight: Annotated[float, Field(gt=0, le=1_000_000, allow_inf_nan=False)] | None = Field(
+        default=None, description="Service in proportion to it while several tenants wait. Default: 1."
+    )
+    max_requests: Annotated[int, Field(ge=1)] | None = Field(default=None, description="Served at once.")
+    max_waiting: Annotated[int, Field(ge=1)] | None = Field(
+        default=None, description="Waiting at once; more are refused with 429."
+    )
+    max_kv_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None, description="Of the KV pages, above 0 up to 1."
+    )
+
+
 class TenantKeys(BaseModel):
     """What one tenant has otherwise than the others. Whatever is left out is the policy's."""
 
@@ -97,6 +114,11 @@ class TenantKeys(BaseModel):
         default=None,
         description="allow: chunks may be computed from their text where that helps to meet the target. never: only "
         "while no source is there. {max_share: 0.5}: at most this share of a prompt's chunks. Default: allow.",
+    )
+    share: Share | None = Field(
+        default=None,
+        description="What a tenant may have of each decode worker, where several want it. Default: all weigh the same, "
+        "and nothing is limited.",
     )
     infeasible: Infeasible | None = Field(
         default=None,

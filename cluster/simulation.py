@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.cost_model import CostModel
-from cluster.routing import WorkerInfo, choose_route
+from cluster.membership import WorkerInfo
+from cluster.routing import choose_route, way_of
 from cluster.sim_decode import SimDecodeWorker, SimRequest
 from cluster.sim_prefill import SimPrefillWorker
 from decode.receipt import Timeline
@@ -118,6 +119,7 @@ class SimulatedCluster:
             chunk_tokens=self.costs.chunk_tokens,
             cache_salt=state.request.cache_salt,
             in_flight=in_flight,
+            way=way_of(state.request),
         )
         assert route is not None
         state.sources = tuple(info.id for info in route.sources)

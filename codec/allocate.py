@@ -76,7 +76,7 @@ def plain_rows(sample: Sample, which: int, layer: int, head: int, *, is_turned: 
     """[T, D] float32; keys unrotated if is_turned."""
     rows = (sample.k, sample.v)[which][layer, :, head]
     x = bf16_to_float(rows.view(torch.int16).numpy().view(np.uint16))
-    if which == 0 and is_turned and sample.rope is not None:
+    if which == 0 and is_turned and sample.rope is not None and sample.rope.turned(layer, layer + 1)[0]:
         x = unrotate(x, *sample.rope.inverse())
     return x
 

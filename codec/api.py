@@ -33,12 +33,13 @@ CHUNK_TOKENS = 256
 class KVCodec:
     """One profile, applied to any number of tokens in chunks.
 
-    rope: (cos, sin) [N, R] of positions 0 to N - 1 (any array or CPU tensor); required by calibrated profiles of
-    models with RoPE, of no use without RoPE. Every method raises subclasses of codec.errors.CodecError.
+    rope: what RopeTable takes, (cos, sin) [N, R] of positions 0 to N - 1 (any array or CPU tensor) and, where only some
+    layers are turned so, which; required by calibrated profiles of models with RoPE, of no use without RoPE. Every
+    method raises subclasses of codec.errors.CodecError.
     """
 
     def __init__(
-        self, profile: Profile, *, rope: tuple[Any, Any] | None = None, chunk_tokens: int = CHUNK_TOKENS
+        self, profile: Profile, *, rope: tuple[Any, ...] | None = None, chunk_tokens: int = CHUNK_TOKENS
     ) -> None:
         self.profile = profile
         self.chunk_tokens = chunk_tokens
@@ -97,7 +98,7 @@ class KVCodec:
             return None
         if stop > self._rope.num_tokens:
             raise RopeRequired(f"positions to {stop} are asked for, cos and sin have {self._rope.num_tokens}")
-        return RopeTable(self._rope.cos[start:stop], self._rope.sin[start:stop])
+        return self._rope.part(start, stop)
 
 
 def cache_tensors(cache: Any, *, row: int = 0) -> tuple[torch.Tensor, torch.Tensor]:

@@ -31,7 +31,6 @@ from codec.decorrelate import inverse_error
 from codec.delta_choice import Decision, choose_reg, choose_transform
 from codec.levels import EXACT, Level, LevelKind, Lossy, Promise
 from codec.profile import CodecLayout, Profile, default_lossless
-from codec.rope import RopeTable
 
 __all__ = ["KV", "Fisher", "Loss", "Report", "Sample", "calibrate"]
 
@@ -180,7 +179,7 @@ def _through_codec(profile: Profile, level: str, chunk_tokens: int, count: list[
         for start in range(0, sample.k.shape[1], chunk_tokens):
             rope = sample.rope
             if rope is not None:
-                rope = RopeTable(rope.cos[start : start + chunk_tokens], rope.sin[start : start + chunk_tokens])
+                rope = rope.part(start, start + chunk_tokens)
             k, v = sample.k[:, start : start + chunk_tokens], sample.v[:, start : start + chunk_tokens]
             blob = encode_chunk(k, v, level=level, profile=profile, rope=rope)
             count[0] += len(blob)

@@ -30,6 +30,7 @@ from codec.tensor_rows import (
     packed_cuts,
     ranges_of,
     rope_halves,
+    turned_segments,
 )
 
 OK = 0
@@ -199,7 +200,7 @@ def _decode_quantized(
     result: tuple[int, int] = coder.decode_quantized(
         words, pos, size, exceptions, lossy.codebook.lut, flat.index, flat.group, packed_cuts(lossy, info.stages),
         flat.refine, flat.active, info.stages == lossy.num_stages, 3 ** (lossy.num_stages - info.stages), flat.step,
-        flat.mean, flat.matrix, flat.synthesis, flat.turned, cos, sin,
+        flat.mean, flat.matrix, flat.synthesis, flat.turned & turned_segments(rope, part), cos, sin,
         dst.flat, dst.pos, dst.stride_t,
     )  # fmt: skip
     if target is not tensor:

@@ -33,6 +33,7 @@ from codec.tensor_rows import (
     packed_cuts,
     ranges_of,
     rope_halves,
+    turned_segments,
 )
 from kernels.rans_reference import MAX_MAGNITUDE, lanes_of
 
@@ -156,6 +157,7 @@ def _encode_quantized(
     src = StridedRows.of(_row_contiguous(tensor.to(torch.bfloat16)))
     count = layers * heads
     icos, isin = rope_halves(rope, num_tokens, inverse=True)
+    turned = turned_segments(rope, part)
     first_layer = part[0][0]
     if plan is not None:
         flat, side = FlatPlan.of(plan, part, spec.stages), np.zeros((count, 0), np.uint16)
@@ -164,7 +166,7 @@ def _encode_quantized(
         for s, x in enumerate(rows):
             _finite(x, which, first_layer + s // heads, spec)
         with np.errstate(invalid="ignore", over="ignore"):
-            plain = [unrotate(x, icos, isin) for x in rows]
+            plain = [unrotate(x, icos, isin) if turned[s] else x for s, x in enumerate(rows)]
         for s, x in enumerate(plain):
             if not np.isfinite(x).all():
                 raise _too_large(which, first_layer + s // heads, spec)
@@ -181,7 +183,7 @@ def _encode_quantized(
         nonlocal room
         room = np.empty((spec.stages, size), np.uint16)
         result: tuple[int, int] = coder.encode_quantized(
-            src.flat, src.pos, src.stride_t, icos, isin, flat.turned,
+            src.flat, src.pos, src.stride_t, icos, isin, flat.turned & turned,
             flat.mean, np.float32(1) / flat.step, flat.matrix, flat.analysis, lossy.num_stages - spec.stages,
             flat.group, book.enc, book.standin, flat.index, packed_cuts(lossy, spec.stages), flat.refine,
             flat.active, side, room, words, exceptions,

@@ -25,7 +25,7 @@ from codec.levels import LevelKind, Lossy
 from codec.lossless import even, plane_bytes
 from codec.profile import Profile
 from codec.rope import RopeTable
-from codec.tensor_rows import TORCH_DTYPES, FlatPlan, check_rope
+from codec.tensor_rows import TORCH_DTYPES, FlatPlan, check_rope, turned_segments
 from kernels import quantize_triton, rans_cuda
 from kernels.rans_decode_cuda import (
     HALF,
@@ -311,6 +311,7 @@ def _make_jobs(
             here[:, WHOLE] = is_lossless or stages == profile.lossy.num_stages
             here[:, MULTIPLIER] = 1 if is_lossless else 3 ** (profile.lossy.num_stages - stages)
             turned = rows.is_turned[row_of[n, m]] & (which == 0 and c.info.is_unrotated and halves[n] > 0)
+            turned = turned & turned_segments(c.rope, (c.info.layers, c.info.heads)).astype(bool)
             fits = ~turned | (can_turn & (halves[n] == 2 * lanes))
             in_pages = (rows.matrix[row_of[n, m]] < 0) & fits
             here[:, MODE] = MODE_LOSSLESS if is_lossless else np.where(in_pages, MODE_PAGES, MODE_ROWS)

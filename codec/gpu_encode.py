@@ -23,7 +23,7 @@ from codec.levels import Level, LevelKind, Lossy
 from codec.lossless import even, plane_bytes
 from codec.profile import MAX_MEAN, MAX_STEP, MIN_STEP, Profile
 from codec.rope import RopeTable
-from codec.tensor_rows import DTYPES, FlatPlan, check_rope, layout_of
+from codec.tensor_rows import DTYPES, FlatPlan, check_rope, layout_of, turned_segments
 from kernels import quantize_triton, rans_cuda
 from kernels.rans_decode_cuda import NO_ROOM
 from kernels.rans_encode_cuda import ENCODE_FIELDS
@@ -284,8 +284,9 @@ def _plan_quantize(
     blocks = -(-num_tokens // BLOCK_T)
     flags = device.zeros(count, blocks, dtype=torch.int32)
     half = rope.half_dim if rope is not None else 0
-    icos, isin = rope.inverse() if rope is not None else (np.zeros((1, 1), np.float32),) * 2
-    is_turned = rows.is_turned[first_row : first_row + count]
+    icos, isin = rope.inverse() if rope is not None and half else (np.zeros((1, 1), np.float32),) * 2
+    own = turned_segments(rope, ((0, layers), (0, heads))).astype(bool)
+    is_turned = rows.is_turned[first_row : first_row + count] & own
     upload = Upload()
     upload.add("cos", icos)
     upload.add("sin", isin)
@@ -392,8 +393,9 @@ def _measure(
     if rope is not None:
         c, s = (torch.from_numpy(part).to(device.device) for part in rope.inverse())
         half = rope.half_dim
-        a, b = x[..., :half].clone(), x[..., half : 2 * half].clone()
-        x[..., :half], x[..., half : 2 * half] = a * c + b * s, b * c - a * s
+        own = torch.from_numpy(np.flatnonzero(turned_segments(rope, ((0, layers), (0, heads))))).to(device.device)
+        a, b = x[own, :, :half], x[own, :, half : 2 * half]
+        x[own, :, :half], x[own, :, half : 2 * half] = a * c + b * s, b * c - a * s
     if not bool(torch.isfinite(x).all()):
         raise UnencodableTensor(f"{which} has values over {MAX_MAGNITUDE} steps of level {spec.name}")
     mean = x.double().mean(dim=1).float().bfloat16().float().clamp(-MAX_MEAN, MAX_MEAN).bfloat16().float()

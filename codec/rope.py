@@ -3,9 +3,10 @@
 Knows cos and sin only, no model. Rotating mixes two channels by an angle that changes with every token, which spreads
 a channel's constant part over both and makes a quantization error depend on position; undoing it first is worth most
 at coarse steps. Convention: transformers' rotate_half, channel d pairs with d + R/2 for d < R/2; channels from R on
-(partial rotary) are left alone. cos and sin may carry a model's attention scaling; the inverse divides it out.
+(partial rotary) are left alone, and so are layers that the table does not turn: layers of a model with several kinds
+of RoPE, or none. cos and sin may carry a model's attention scaling; the inverse divides it out.
 
-Source: Su et al., "RoFormer" (arXiv:2104.09864).   Legend: T tokens, R rotary dims, D head dim.
+Source: Su et al., "RoFormer" (arXiv:2104.09864).   Legend: L layers, T tokens, R rotary dims, D head dim.
 """
 
 from __future__ import annotations
@@ -19,10 +20,12 @@ from codec.errors import CodecError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RopeTable:
-    """cos, sin [T, R] (any array or CPU tensor): the chunk's T positions, from the model's own rotary module."""
+    """cos, sin [T, R] (any array or CPU tensor): the chunk's T positions, from the model's own rotary module. R = 0
+    turns nothing. layers [L] bool, of the whole model: those whose keys are turned so; None is all of them."""
 
     cos: np.ndarray
     sin: np.ndarray
+    layers: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         for name in ("cos", "sin"):
@@ -43,6 +46,10 @@ class RopeTable:
             raise CodecError("cos and sin must be finite")
         if (np.abs(self.cos).max(initial=0) > 64) or (np.abs(self.sin).max(initial=0) > 64):
             raise CodecError("cos and sin over 64 make no rotation; check what was passed")
+        if self.layers is not None:
+            object.__setattr__(self, "layers", np.ascontiguousarray(self.layers, dtype=bool))
+            if self.layers.ndim != 1:
+                raise CodecError(f"RopeTable wants one flag for each layer, not {self.layers.shape}")
 
     @property
     def num_tokens(self) -> int:
@@ -51,6 +58,14 @@ class RopeTable:
     @property
     def half_dim(self) -> int:
         return int(self.cos.shape[1]) // 2
+
+    def part(self, start: int, stop: int) -> RopeTable:
+        """Of tokens start to stop."""
+        return RopeTable(self.cos[start:stop], self.sin[start:stop], self.layers)
+
+    def turned(self, start: int, stop: int) -> np.ndarray:
+        """[stop - start] bool: whether keys of these layers are turned."""
+        return np.ones(stop - start, bool) if self.layers is None else self.layers[start:stop]
 
     def forward(self) -> tuple[np.ndarray, np.ndarray]:
         """(cos, sin) [T, R/2] float32 that rotate."""

@@ -87,7 +87,16 @@ def check_rope(rope: RopeTable | None, num_tokens: int, profile: Profile) -> boo
             f"the RopeTable is [{rope.num_tokens}, {2 * rope.half_dim}]; want the chunk's {num_tokens} "
             f"tokens and at most {profile.layout.head_dim_k} dims"
         )
+    if rope.layers is not None and len(rope.layers) != profile.layout.num_layers:
+        raise RopeRequired(f"the RopeTable knows {len(rope.layers)} layers; want {profile.layout.num_layers}")
     return True
+
+
+def turned_segments(rope: RopeTable | None, part: tuple[Range, Range]) -> Array:
+    """uint8 [S]: 1 for the segments of these layers and heads whose keys the table turns."""
+    (first, stop), (low, high) = part
+    turned = np.zeros(stop - first, bool) if rope is None else rope.turned(first, stop)
+    return np.repeat(turned.astype(np.uint8), high - low)
 
 
 def rope_halves(rope: RopeTable | None, num_tokens: int, *, inverse: bool) -> tuple[Array, Array]:

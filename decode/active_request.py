@@ -2,40 +2,60 @@
 
 from __future__ import annotations
 
-import random
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from decode.blob_decoder import NewPages
+from decode.fill_chunks import CACHED
 from decode.puller import Fill, Source
 from decode.receipt import Timeline, build_receipt
 from decode.requests import GenerationRequest
-from decode.scheduler import Sequence
+from decode.sampling_state import SamplingState
+from decode.scheduler import Phase, Sequence
 from decode.slo import SLOPolicy
-from decode.tagged_pages import TaggedPages
+from decode.tagged_pages import PageTable, TaggedPages
+from prefill.chunks import KeyChain
+from prefill.page_quality import EXACT
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class ActiveRequest:
-    """new_pages: refined chunks that wait for the end of the engine's step. loaded_tokens: of the prompt, those before
-    the tail. first_kl: the worst promise of their pages when the first token was computed. rng: for sampling without
-    a seed."""
+    """given_sources: what the route says; sources: those and the worker's own store. fill_tokens: what has to be in the
+    pages before the next token is drawn: the prompt, and the answer so far if that was preempted. loaded_tokens: of
+    these, those before the tail. new_pages: refined chunks that wait for the end of the engine's step.
+    chain: the keys of its tokens so far. max_kl: see decode.tagged_pages.PageTable. pages: while it is admitted.
+    cached_kl: the worst promise of the KV that was there then; first_kl: that of all pages when the first token was
+    computed. first_fill, first_sources: those of the first token. sampling: what it needs from token to token."""
 
     request: GenerationRequest
     policy: SLOPolicy
-    sources: list[Source]
+    given_sources: list[Source]
     timeline: Timeline
-    loaded_tokens: int
+    fill_tokens: int
+    sampling: SamplingState
+    chain: KeyChain
+    loaded_tokens: int = 0
+    sources: list[Source] = field(default_factory=list)
+    max_kl: float | None = None
+    pages: PageTable | None = None
+    cached_kl: float | None = EXACT
     fill: Fill | None = None
     new_pages: deque[NewPages] = field(default_factory=deque)
     first_kl: float | None = None
-    rng: random.Random = field(default_factory=random.Random)
+    first_fill: Fill | None = None
+    first_sources: list[Source] = field(default_factory=list)
+    num_preempted: int = 0
 
     @property
     def max_total_tokens(self) -> int:
         return len(self.request.token_ids) + self.request.sampling.max_tokens
+
+    @property
+    def tail_start(self) -> int:
+        """The first token of the tail."""
+        return max(self.loaded_tokens, 0 if self.pages is None else self.pages.cached_tokens)
 
     @property
     def prompt_tokens(self) -> int:
@@ -51,26 +71,28 @@ class ActiveRequest:
         now: float,
     ) -> dict[str, Any]:
         """The KV receipt; the pages are still the sequence's."""
-        assert self.fill is not None
-        self.timeline.opened_at = self.fill.opened_at
+        # What is told of an answer that was preempted is how its first token came about.
+        fill, sources = (self.first_fill, self.first_sources) if self.first_fill else (self.fill, self.sources)
+        assert fill is not None
+        self.timeline.opened_at = fill.opened_at
         receipt = build_receipt(
             request_id=self.request.request_id,
             kv_mode=self.request.kv_mode,
             prompt_tokens=self.prompt_tokens,
             chunk_tokens=chunk_tokens,
-            sources=[source.id for source in self.sources],
+            sources=[source.id for source in sources],
             timeline=self.timeline,
-            fill=self.fill.machine,
-            promised_kl=promised_kl,
+            fill=fill.machine,
+            promised_kl={**promised_kl, CACHED: self.cached_kl},
             ended_at=now,
         )
-        return {**receipt, "quality": self._page_quality(sequence, pages)}
+        return {**receipt, "quality": self._page_quality(sequence, pages), "preemptions": self.num_preempted}
 
     def _page_quality(self, sequence: Sequence, pages: TaggedPages) -> dict[str, float | None] | None:
         """Worst promised loss, nats a token, None where nothing is promised: of the chunks' pages at the first token
         and at the end, and of the pages computed from then on (the tail and the answer), which inherit the loss of
         what they were computed on. None as a whole if there was no token."""
-        if not sequence.output:
+        if sequence.phase is not Phase.RUNNING:
             return None
         table, num_loaded = sequence.block_table, self.loaded_tokens
         num_written = sequence.num_tokens - 1  # the last token's KV is never needed

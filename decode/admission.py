@@ -72,14 +72,25 @@ def _at_least(floor: str | None, levels: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def fill_orders(
-    request: GenerationRequest, policy: SLOPolicy, limits: WorkerLimits, *, has_source: bool, now: float, tail_s: float
+    request: GenerationRequest,
+    policy: SLOPolicy,
+    limits: WorkerLimits,
+    *,
+    has_source: bool,
+    now: float,
+    tail_s: float,
+    num_chunks: int | None = None,
+    source_computes: bool = True,
+    cached_tokens: int = 0,
 ) -> FillSpec:
-    """How the prompt of a checked request is to be had. `policy`: the tenant's.
+    """How the prompt of a checked request is to be had. `policy`: the tenant's. num_chunks: if they are not those of
+    the prompt. source_computes: whether one computes what is stored nowhere. cached_tokens: whose KV is there.
 
     Raises RequestRefused: 503 if a level or a plan was asked for and there is no source, 400 if the plan does not fit,
     or if the policy forbids both every level that the request's floor allows and computing from text.
     """
-    num_chunks = num_loadable_chunks(len(request.token_ids), limits.chunk_tokens)
+    if num_chunks is None:
+        num_chunks = num_loadable_chunks(len(request.token_ids), limits.chunk_tokens)
     known = tuple(limits.chunk_bytes)
     orders = FillSpec(
         num_chunks=num_chunks,
@@ -90,12 +101,13 @@ def fill_orders(
         exact=limits.exact,
         deadline=now + (policy.ttft_s if request.ttft_s is None else request.ttft_s),
         tail_s=tail_s,
-        may_load=has_source and num_chunks > 0,
+        cached_tokens=cached_tokens,
+        may_load=has_source and num_chunks * limits.chunk_tokens > cached_tokens,
         infeasible=policy.infeasible,
     )
-    if request.plan is not None:
+    if request.plan is not None and not request.sampling.needs_whole_prompt:
         return _given_orders(orders, request, policy, known)
-    if request.kv_mode == TEXT_ONLY:
+    if request.kv_mode == TEXT_ONLY or request.sampling.needs_whole_prompt:
         return replace(orders, may_load=False)
     if request.kv_mode != AUTO:
         if not has_source and num_chunks > 0:
@@ -116,8 +128,10 @@ def fill_orders(
     return replace(
         orders,
         levels=levels,
-        may_compute=policy.allow_recompute,
-        max_compute=_share_of(policy.max_recompute_share, num_chunks) if policy.max_recompute_share < 1 else None,
+        may_compute=policy.allow_recompute or not source_computes,
+        max_compute=_share_of(policy.max_recompute_share, num_chunks)
+        if policy.max_recompute_share < 1 and source_computes
+        else None,
         refine_levels=_refine_levels(policy, levels, known),
     )
 

@@ -29,7 +29,7 @@ class NewPages:
     """A chunk at a better level, decoded, to be copied into its pages between two steps of the engine.
 
     k, v [L, T, H, D]: of the tokens from `start` on. after_tokens: see fill_events.Refine. blob: the finer encoding,
-    if it can be refined further. seconds: what decoding took.
+    if it can be refined further. seconds: what decoding took. base_kl: see Job.
     """
 
     chunk: int
@@ -37,6 +37,7 @@ class NewPages:
     start: int
     k: Tensor
     v: Tensor
+    base_kl: float
     after_tokens: int | None
     blob: Any
     seconds: float
@@ -48,12 +49,15 @@ class NewPages:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One blob of `fill`. is_wanted: asked when its turn has come."""
+    """One blob of `fill`. cached_tokens: pages of the prompt before that are others' too, and are left as they are.
+    base_kl: the promise of what it was encoded from. is_wanted: asked when its turn has come."""
 
     fill: Any
     command: ev.Decode | ev.Refine
     start: int
     stop: int
+    cached_tokens: int
+    base_kl: float
     block_table: Sequence[int]
     is_wanted: Callable[[], bool]
 
@@ -134,15 +138,19 @@ class BlobDecoder:
             found = f"{info.num_tokens} tokens at level {info.level!r}"
             raise MalformedBlob(f"expected {size} tokens at level {command.level!r}, found {found}")
         if isinstance(command, ev.Decode):
-            self._runtime.decode_into_pages(blob, job.block_table, start=job.start, stop=job.stop)
+            self._runtime.decode_into_pages(
+                blob, job.block_table, start=job.start, stop=job.stop, keep=job.cached_tokens
+            )
             return None
         k, v = self._runtime.decode(blob, start=job.start, stop=job.stop)
+        kept = max(0, job.cached_tokens - job.start)
         return NewPages(
             chunk=command.chunk,
             level=command.level,
-            start=job.start,
-            k=k,
-            v=v,
+            start=job.start + kept,
+            k=k[:, kept:],
+            v=v[:, kept:],
+            base_kl=job.base_kl,
             after_tokens=command.after_tokens,
             blob=blob,
             seconds=time.monotonic() - begin,

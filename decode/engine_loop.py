@@ -9,15 +9,17 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping
-from typing import Any, Protocol
+from collections.abc import Iterable, Mapping
+from typing import Protocol
 
 from decode.active_request import ActiveRequest
 from decode.blob_decoder import NewPages
 from decode.estimator import ComputeEstimator
 from decode.fill_loading import IDLE_ENGINE, EngineLoad
-from decode.sampling import sample
+from decode.requests import TokenLogprobs
+from decode.sampling import Drawn
 from decode.scheduler import Phase, Row, Scheduler, Sequence
+from decode.step_outcome import Outcome, outcomes, scores_prompt
 from decode.tagged_pages import TaggedPages
 from prefill.engine import SequenceSlice
 from prefill.runtime import ModelRuntime
@@ -33,8 +35,13 @@ class StepOwner(Protocol):
     """The decode worker as the engine sees it. Called with the lock held."""
 
     def chunk_computed(self, key: str, chunk: int, now: float) -> None: ...
+    def kv_written(self, key: str, start: int, stop: int) -> None: ...
+    def began_answer(self, sequence: Sequence, now: float) -> None: ...
+    def grow(self, sequence: Sequence, num_blocks: int) -> bool: ...
+    def spill(self, sequence: Sequence) -> None: ...
     def pages_refined(self, key: str, pages: NewPages, num_output: int, now: float) -> None: ...
-    def token_drawn(self, sequence: Sequence, token: int, now: float) -> None: ...
+    def prompt_scored(self, sequence: Sequence, start: int, logprobs: Iterable[TokenLogprobs]) -> None: ...
+    def token_drawn(self, sequence: Sequence, drawn: Drawn, now: float) -> None: ...
     def step_failed(self, key: str) -> None: ...
     def unpinned(self, sequence: Sequence) -> None: ...
 
@@ -58,7 +65,7 @@ class EngineLoop:
         self._engine, self._owner, self._lock = runtime.engine, owner, lock
         self._scheduler, self._requests, self._pages = scheduler, requests, pages
         self._compute, self._chunk_tokens, self._name = compute, chunk_tokens, name
-        self._row_step_s = 0.0  # what a step without any prompt takes
+        self.row_step_s = 0.0  # what a step without any prompt takes
         self._stopping = False
         self.num_prompt_tokens = 0  # computed so far
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
@@ -88,7 +95,7 @@ class EngineLoop:
         is_running = self._scheduler.is_any_running
         return EngineLoad(
             wait_s=sum(self._compute.seconds(*work) for work in ahead),
-            factor=1.0 + self._row_step_s / slice_s if is_running else 1.0,
+            factor=1.0 + self.row_step_s / slice_s if is_running else 1.0,
             num_others=len(self._scheduler) - 1,
         )
 
@@ -109,6 +116,9 @@ class EngineLoop:
             while not self._stopping:
                 is_more = self._put_new_pages()
                 rows = self._scheduler.next_rows(self._slice_tokens())
+                rows = self._scheduler.rows_with_pages(
+                    rows, time.monotonic(), grow=self._owner.grow, spill=self._owner.spill
+                )
                 if rows:
                     for row in rows:
                         row.sequence.pins += 1
@@ -138,7 +148,7 @@ class EngineLoop:
                     break
                 else:
                     num_bytes += pages.num_bytes
-                    self._pages.refine(sequence.block_table, pages.start, pages.k, pages.v, pages.level)
+                    self._pages.refine(sequence.block_table, pages.start, pages.k, pages.v, pages.level, pages.base_kl)
                     self._owner.pages_refined(key, pages, len(sequence.output), time.monotonic())
             if state.fill is not None:
                 sequence.is_held = not state.fill.machine.may_step(len(sequence.output))
@@ -165,6 +175,9 @@ class EngineLoop:
 
     def _step(self, rows: list[Row]) -> None:
         begin = time.monotonic()
+        requests = [self._requests.get(row.sequence.key) for row in rows]  # None: cancelled since
+        states = [None if request is None else request.sampling for request in requests]
+        is_scored = [scores_prompt(row, state) for row, state in zip(rows, states)]
         try:
             logits = self._engine.forward(
                 [
@@ -173,45 +186,36 @@ class EngineLoop:
                         start=row.start,
                         block_table=row.sequence.block_table,
                         need_logits=row.sample,
+                        all_logits=scored,
                     )
-                    for row in rows
+                    for row, scored in zip(rows, is_scored)
                 ]
             )
+            found = outcomes(rows, states, is_scored, logits)
+            for item in found:
+                if isinstance(item, Exception):
+                    log.error("%s: no token could be drawn", self._name, exc_info=item)
         except Exception as error:
             log.exception("%s: a step failed", self._name)
-            drawn: list[int | Exception | None] = [error] * len(rows)
-        else:
-            of_sampled = iter(logits)
-            drawn = [self._draw(row, next(of_sampled)) if row.sample else None for row in rows]
+            found = [error] * len(rows)
         now = time.monotonic()
         with self._lock:
-            self._after_step(rows, drawn, now - begin, now)
+            self._after_step(rows, found, now - begin, now)
 
-    def _draw(self, row: Row, logits: Any) -> int | Exception | None:
-        """The row's next token; None if it was cancelled during the step."""
-        state = self._requests.get(row.sequence.key)
-        if state is None:
-            return None
-        try:
-            return sample(logits, state.request.sampling, len(row.sequence.output), state.rng)
-        except Exception as error:
-            log.exception("%s: no token could be drawn", self._name)
-            return error
-
-    def _after_step(self, rows: list[Row], drawn: list[int | Exception | None], seconds: float, now: float) -> None:
-        if len(rows) == 1 and not rows[0].sample and drawn[0] is None:
+    def _after_step(self, rows: list[Row], found: list[Outcome | Exception], seconds: float, now: float) -> None:
+        if len(rows) == 1 and not rows[0].sample and found[0] == Outcome():
             self._compute.observe(rows[0].start, rows[0].stop, seconds)
         elif all(row.sequence.phase is Phase.RUNNING for row in rows):
-            self._row_step_s += 0.1 * (seconds - self._row_step_s)
-        for row, token in zip(rows, drawn, strict=True):
+            self.row_step_s += 0.1 * (seconds - self.row_step_s)
+        for row, outcome in zip(rows, found, strict=True):
             sequence = row.sequence
             try:
                 if sequence.phase is Phase.ENDED:
                     pass
-                elif isinstance(token, Exception):
+                elif isinstance(outcome, Exception):
                     self._owner.step_failed(sequence.key)
                 else:
-                    self._advance(row, token, now)
+                    self._advance(row, outcome, now)
             except Exception:
                 # A bug of ours: this request ends with an error, the worker goes on with the others.
                 log.exception("%s: a row could not be advanced", self._name)
@@ -219,9 +223,16 @@ class EngineLoop:
             sequence.pins -= 1
             self._owner.unpinned(sequence)
 
-    def _advance(self, row: Row, token: int | None, now: float) -> None:
+    def _advance(self, row: Row, outcome: Outcome, now: float) -> None:
         sequence = row.sequence
+        if outcome.prompt_logprobs:
+            self._owner.prompt_scored(sequence, row.start + 1, outcome.prompt_logprobs)
         self._pages.computed(sequence.block_table, row.start, row.stop)
+        state = self._requests[sequence.key]
+        assert state.pages is not None
+        self._pages.share(state.pages, row.stop)
+        if sequence.phase is not Phase.FILLING:  # those tell of their chunks
+            self._owner.kv_written(sequence.key, row.start, row.stop)
         if sequence.phase is not Phase.RUNNING:
             self.num_prompt_tokens += row.stop - row.start
             if not self._scheduler.computed(row):
@@ -232,5 +243,6 @@ class EngineLoop:
                 self._owner.chunk_computed(sequence.key, chunk, now)
                 return
             sequence.phase = Phase.RUNNING
-        assert token is not None
-        self._owner.token_drawn(sequence, token, now)
+            self._owner.began_answer(sequence, now)
+        assert outcome.drawn is not None
+        self._owner.token_drawn(sequence, outcome.drawn, now)

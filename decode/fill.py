@@ -50,7 +50,7 @@ class FillMachine:
         assert sources or spec.may_compute
         self.spec = spec
         self.sources = [FillSource(index=i, share=share, since=now) for i, share in enumerate(sources)]
-        self.table = ChunkTable(spec.num_chunks)
+        self.table = ChunkTable(spec.num_chunks, num_cached=spec.num_cached, now=now)
         self.loader = Loader(spec, self.table, self.sources, compute=compute, codec=codec, now=now)
         self.upgrades = Upgrades(self.table, self.sources)
         self.reasons: list[tuple[float, str]] = []
@@ -131,6 +131,13 @@ class FillMachine:
         """Whether the request may compute the token after `num_tokens`. Only a plan that is followed ever waits."""
         return self.done or not self.upgrades.must_wait(num_tokens)
 
+    def base_kl(self, chunk: int) -> float:
+        """The promise of the KV that a loaded chunk was encoded from."""
+        log = self.chunks[chunk]
+        assert log.source is not None
+        kls = self.sources[log.source].kl
+        return kls[chunk] if kls else 0.0
+
     def check_integrity(self) -> None:
         """Counts add up. Run at every test's end."""
         self.table.check_integrity()
@@ -149,7 +156,9 @@ class FillMachine:
         if not source.is_hoped_for:
             return  # given up meanwhile
         source.state, source.stored, source.since = SourceState.OPEN, event.stored_bytes, now
-        source.encode_s = event.encode_s
+        source.encode_s, source.kl = event.encode_s, event.kl
+        if not event.computes:
+            source.refused.update(i for i, sizes in enumerate(event.stored_bytes) if sizes is None)
         self.loader.opened(source)
 
     def _on_part(self, event: ev.PartArrived, now: float) -> None:

@@ -10,6 +10,7 @@ from enum import Enum
 from typing import Any
 
 TEXT = "text"  # how a computed chunk is named among the levels
+CACHED = "cached"  # and one whose KV was in the pages before
 MAX_ASKED_LEVELS = 16  # of one chunk, kept for the receipt; an unsteady link may amend a request hundreds of times
 
 
@@ -68,14 +69,17 @@ class ChunkLog:
 class ChunkTable:
     """The chunks of one prompt. Only one is computed at a time, and only at the frontier."""
 
-    def __init__(self, num_chunks: int) -> None:
+    def __init__(self, num_chunks: int, *, num_cached: int = 0, now: float = 0.0) -> None:
+        """num_cached: so many at the front are in place already."""
         self.logs = [ChunkLog() for _ in range(num_chunks)]
-        self.missing = list(range(num_chunks))  # sorted
+        for log in self.logs[:num_cached]:
+            log.state, log.level, log.filled_at = ChunkState.FILLED, CACHED, now
+        self.missing = list(range(num_cached, num_chunks))  # sorted
         self.asked: dict[int, None] = {}  # in the order of asking anew
         self.computing: int | None = None
         self.levels: Counter[str] = Counter()  # of the loaded chunks that are in place
         self.decoding: dict[int, None] = {}  # here, and not yet in the pages
-        self.frontier = 0  # the first chunk that is not filled
+        self.frontier = num_cached  # the first chunk that is not filled
         self.num_computed = 0  # with the one being computed
         self.last_computed = -1
         self.first_loaded = num_chunks

@@ -15,11 +15,14 @@ from decode.link_scheduler import Kind
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Opened:
     """The source accepted. `stored_bytes[i]`: sizes by level known of chunk i, or None if it must compute it.
-    encode_s: seconds that it takes to make a chunk ready, by level, as far as known."""
+    computes: whether it would. encode_s: seconds that it takes to make a chunk ready, by level, as far as known.
+    kl: the promise of the KV that it has of each chunk, before a level makes it worse; empty: all exact."""
 
     source: int = 0
     stored_bytes: tuple[dict[str, int] | None, ...]
     encode_s: Mapping[str, float] = field(default_factory=dict)
+    computes: bool = True
+    kl: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -39,6 +39,8 @@ IDLE_ENGINE = EngineLoad()
 class FillSpec:
     """What one request asks of its fill.
 
+    cached_tokens: at the front of the prompt, those whose KV is in the pages already. Whole chunks of them are done; of
+    one that is there in part, only the rest is computed, or put into the pages when it is loaded.
     levels: allowed, best first. chunk_bytes: predicted size of one chunk, by level; nested: the levels that refine one
     another; exact: those that lose nothing. refine_levels: best first, what chunks may be refined to after the first
     token (empty: not at all).
@@ -54,6 +56,7 @@ class FillSpec:
     chunk_bytes: Mapping[str, float]
     deadline: float
     tail_s: float
+    cached_tokens: int = 0
     may_load: bool = True
     may_compute: bool = True
     max_compute: int | None = None
@@ -62,6 +65,16 @@ class FillSpec:
     refine_levels: tuple[str, ...] = ()
     infeasible: str = "best_effort"
     replay: Replay | None = None
+
+    @property
+    def num_cached(self) -> int:
+        """Chunks that are in place from the start."""
+        return min(self.cached_tokens // self.chunk_tokens, self.num_chunks)
+
+    def to_compute(self, chunk: int) -> tuple[int, int]:
+        """The tokens [start, stop) that computing a chunk has to compute."""
+        start = chunk * self.chunk_tokens
+        return max(start, self.cached_tokens), start + self.chunk_tokens
 
 
 class Loader:
@@ -81,6 +94,7 @@ class Loader:
         self.live = False
         self.has_opened = False
         self.chunk_bytes = dict(spec.chunk_bytes)
+        self._end_s = 0.0  # computing what no source can give, behind all that one can
         self.given_up: list[int] = []  # chunks on their way that the last commands asked for anew
         self._table, self._sources = table, sources
         self._compute, self._codec = compute, codec
@@ -98,10 +112,12 @@ class Loader:
                 self.chunk_bytes[level] = sum(sizes_seen) / len(sizes_seen)
 
     def see_whether_live(self) -> None:
-        """Whether some chunk is stored nowhere, so that a source has to compute it."""
+        """Whether some chunk is stored nowhere, so that a source has to compute it, and one would."""
         opened = [source for source in self._sources if source.is_open]
-        self.live = bool(opened) and any(
-            all(source.stored[index] is None for source in opened) for index in range(self.spec.num_chunks)
+        self.live = any(
+            all(source.stored[index] is None for source in opened)
+            and any(index not in source.refused for source in opened)
+            for index in range(self.spec.num_cached, self.spec.num_chunks)
         )
 
     @property
@@ -110,8 +126,8 @@ class Loader:
         return self.spec.deadline > self._started_at
 
     def budget_s(self, now: float) -> float:
-        """The time left for what comes before the tail."""
-        return HOLD_BACK * (self.spec.deadline - now) - self.spec.tail_s
+        """The time left for what comes before the tail, and before the last chunks if those can only be computed."""
+        return HOLD_BACK * (self.spec.deadline - now) - self.spec.tail_s - self._end_s
 
     def deadline(self) -> float:
         """When budget_s is 0."""
@@ -165,7 +181,7 @@ class Loader:
 
     def chunk_compute_s(self, first: int, count: int) -> float:
         size = self.spec.chunk_tokens
-        return self._compute.seconds(first * size, (first + count) * size)
+        return self._compute.seconds(max(first * size, self.spec.cached_tokens), (first + count) * size)
 
     def standing(self, source: FillSource) -> list[int]:
         """Chunks asked for whose encoding has not begun as far as can be seen: they can still change their level.
@@ -186,13 +202,14 @@ class Loader:
             started = table.logs[table.computing].compute_at
             assert started is not None
             busy_s += max(0.0, load.factor * self.chunk_compute_s(table.computing, 1) - (now - started))
+        num_end = self._look_at_end()
         first = min([*table.missing[:1], *table.asked], default=table.frontier)
-        num_left = len(table.missing) + len(table.asked)
+        num_left = len(table.missing) + len(table.asked) - num_end
         per_chunk_s, growth_s = self._compute.line(first * spec.chunk_tokens, spec.chunk_tokens)
         budget_s = self.budget_s(now)
         has_hope = any(source.is_hoped_for for source in self._sources)
         return Outlook(
-            num_missing=len(table.missing) + len(standing),
+            num_missing=len(table.missing) + len(standing) - num_end,
             in_flight_bytes=[table.logs[index].left_bytes for index in in_flight],
             chunk_bytes=self.chunk_bytes,
             bytes_per_s=self._rate_of(able, now),
@@ -217,6 +234,15 @@ class Loader:
             is_contended=any(source.is_open and source.share.is_contended() for source in self._sources),
             live=self.live,
         )
+
+    def _look_at_end(self) -> int:
+        """How many of the last missing chunks no source can give: a plan is about the others."""
+        missing, count = self._table.missing, 0
+        if any(source.refused for source in self._sources):
+            while count < len(missing) and not self.is_loadable(missing[-1 - count]):
+                count += 1
+        self._end_s = self.chunk_compute_s(missing[-count], count) if count else 0.0
+        return count
 
     def _in_place(self, in_flight: Sequence[int]) -> Mapping[str, int]:
         logs, table = self._table.logs, self._table

@@ -34,6 +34,7 @@ class FillSource:
     retry_at: float = 0.0
     retry_s: float = RETRY_S
     stored: Sequence[dict[str, int] | None] = ()
+    kl: Sequence[float] = ()  # of what is stored, before a level makes it worse; empty: all exact
     encode_s: Mapping[str, float] = field(default_factory=dict)
     refused: set[int] = field(default_factory=set)  # chunks that it cannot give
     num_asked: int = 0  # chunks and refinements on their way

@@ -33,11 +33,16 @@ TICK_S = 0.02  # how often silence is looked at while something is being filled
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """A prefill worker as the routing table names it."""
+    """A worker that may have the KV, as the routing table names it. link_prior_bps: what its link is taken for until
+    something was seen of it; None: the policy says. is_holder: the index says that it has some of the prompt.
+    stored_only: it shall not compute what it has not."""
 
     id: str
     endpoint: str
     public_key: str | None = None
+    link_prior_bps: float | None = None
+    is_holder: bool = False
+    stored_only: bool = False
 
 
 class PullOwner(Protocol):
@@ -46,7 +51,7 @@ class PullOwner(Protocol):
     def fill_begins(self, fill: Fill) -> None: ...
     def engine_load(self, key: str) -> EngineLoad: ...
     def compute_chunk(self, key: str, chunk: int, start: int, stop: int) -> None: ...
-    def chunk_loaded(self, key: str, start: int, stop: int, level: str) -> None: ...
+    def chunk_loaded(self, key: str, start: int, stop: int, level: str, base_kl: float) -> None: ...
     def fill_ready(self, key: str, now: float) -> None: ...
     def fill_failed(self, key: str, failure: ev.Fail) -> None: ...
     def put_pages(self, key: str, pages: NewPages) -> None: ...
@@ -112,13 +117,19 @@ class KVPuller:
         token_ids: Sequence[int],
         cache_salt: str,
         block_table: list[int],
+        max_kl: float,
         link_prior_bps: float,
         now: float,
     ) -> Fill:
-        """Begin to fill; the owner is told when the pages are ready or cannot be."""
+        """Begin to fill; the owner is told when the pages are ready or cannot be. max_kl: stored KV whose promise is
+        worse does not count."""
         sources = sources if spec.may_load else ()
         shares = [
-            self._links.join(source.endpoint, deadline=spec.deadline, prior_bytes_per_s=link_prior_bps / 8)
+            self._links.join(
+                source.endpoint,
+                deadline=spec.deadline,
+                prior_bytes_per_s=(source.link_prior_bps or link_prior_bps) / 8,
+            )
             for source in sources
         ]
         machine = FillMachine(
@@ -130,6 +141,11 @@ class KVPuller:
             load=lambda: self._owner.engine_load(key),
         )
         body = {"token_ids": list(token_ids), "chunk_tokens": spec.chunk_tokens, "cache_salt": cache_salt}
+        body["max_kl"] = max_kl
+        # A source that computes the rest may fetch from these what it has not.
+        body["holders"] = [
+            {"endpoint": source.endpoint, "public_key": source.public_key} for source in sources if source.is_holder
+        ]
         fill = Fill(key=key, machine=machine, block_table=block_table, body=body, sources=sources, shares=shares)
         self._fills[key] = fill
         self._owner.fill_begins(fill)
@@ -186,7 +202,8 @@ class KVPuller:
         """Why it could not be done, if so."""
         source = fill.sources[index]
         try:
-            transfer_id = self._client.open(source.endpoint, fill.body, server_public_key=source.public_key)
+            body = {**fill.body, "stored_only": source.stored_only}
+            transfer_id = self._client.open(source.endpoint, body, server_public_key=source.public_key)
         except TransportError as error:
             return str(error)
         fill.transfers[index] = transfer_id
@@ -223,14 +240,13 @@ class KVPuller:
         for source in fill.machine.sources:
             if not (source.is_open or source.is_opening):
                 self._close(fill, source.index, "the source was given up")
-            elif len(source.refused) == fill.machine.spec.num_chunks:
+            elif len(source.refused) == fill.machine.spec.num_chunks - fill.machine.spec.num_cached:
                 # Withdrawn chunks do not stop a source that computes the prompt; the end of the transfer does.
                 self._close(fill, source.index, "it can give no chunk")
         if fill.machine.done and self._fills.get(fill.key) is fill:
             self._forget(fill, "complete")
 
     def _carry_out(self, fill: Fill, commands: list[ev.Command], now: float) -> None:
-        size = fill.machine.spec.chunk_tokens
         lost: list[ev.SourceLost] = []
         for command in commands:
             match command:
@@ -243,8 +259,8 @@ class KVPuller:
                 case ev.Decode() | ev.Refine():
                     self._decode(fill, command)
                 case ev.Compute():
-                    start = command.chunk * size
-                    self._owner.compute_chunk(fill.key, command.chunk, start, start + size)
+                    start, stop = fill.machine.spec.to_compute(command.chunk)
+                    self._owner.compute_chunk(fill.key, command.chunk, start, stop)
                 case ev.Ready():
                     self._owner.fill_ready(fill.key, now)
                 case ev.Fail():
@@ -264,6 +280,8 @@ class KVPuller:
             command=command,
             start=start,
             stop=start + machine.spec.chunk_tokens,
+            cached_tokens=machine.spec.cached_tokens,
+            base_kl=machine.base_kl(command.chunk),
             block_table=fill.block_table,
             is_wanted=lambda: not machine.done,
         )
@@ -332,6 +350,7 @@ class KVPuller:
             elif outcome.pages is not None:
                 self._owner.put_pages(fill.key, outcome.pages)
             else:
-                self._owner.chunk_loaded(fill.key, job.start, job.stop, command.level)
+                start = max(job.start, job.cached_tokens)
+                self._owner.chunk_loaded(fill.key, start, job.stop, command.level, job.base_kl)
                 self._feed(fill, ev.BlobDecoded(chunk=command.chunk, seconds=outcome.seconds), now)
             self._owner.unpin(fill.key)

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from decode.fill import FillMachine
-from decode.fill_chunks import TEXT, ChunkLog
+from decode.fill_chunks import CACHED, TEXT, ChunkLog
 from decode.replay import plan_of
 
 
@@ -53,6 +53,8 @@ def build_receipt(
     admitted_at, filled_at = timeline.admitted_at, timeline.filled_at
     last_chunk_at = _within(admitted_at, last_chunk_at, filled_at)
     opened_at = _within(admitted_at, timeline.opened_at, last_chunk_at)
+    # What was cached exactly is what computing gives; what was not, no plan can say how to get again.
+    is_repeatable = CACHED not in at_first or promised_kl.get(CACHED) == 0
     return {
         "request_id": request_id,
         "kv_mode": kv_mode,
@@ -60,7 +62,8 @@ def build_receipt(
         "sources": list(sources),
         "prompt_tokens": prompt_tokens,
         "chunk_tokens": chunk_tokens,
-        "tail_tokens": prompt_tokens - chunk_tokens * len(fill.chunks),
+        "cached_tokens": fill.spec.cached_tokens,
+        "tail_tokens": prompt_tokens - max(chunk_tokens * len(fill.chunks), fill.spec.cached_tokens),
         "levels": dict(Counter(at_first)),
         "levels_at_end": dict(Counter(at_end)),
         "bytes": sum(map(_base_bytes, fill.chunks)) + sum(step.bytes for step in steps if not step.after_tokens),
@@ -83,7 +86,7 @@ def build_receipt(
         "target_ms": round((fill.spec.deadline - (admitted_at or timeline.received_at)) * 1e3, 3),
         "num_decisions": fill.num_decisions,
         "reasons": [{"at_ms": since(at), "what": what} for at, what in fill.reasons],
-        "plan": plan_of(fill.chunks, chunk_tokens) if fill.ready else None,
+        "plan": plan_of(fill.chunks, chunk_tokens) if fill.ready and is_repeatable else None,
         "chunks": [
             {
                 "index": index,
@@ -115,7 +118,7 @@ def build_receipt(
 
 
 def _base_bytes(log: ChunkLog) -> int:
-    return log.bytes if log.filled_at is not None and log.level != TEXT else 0
+    return log.bytes if log.filled_at is not None and log.level not in (TEXT, CACHED) else 0
 
 
 def _within(low: float | None, value: float | None, high: float | None) -> float | None:

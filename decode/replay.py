@@ -10,7 +10,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from decode.fill_chunks import TEXT, ChunkLog
+from decode.fill_chunks import CACHED, TEXT, ChunkLog
 
 
 class BadPlan(ValueError):
@@ -74,6 +74,6 @@ def plan_of(chunks: Sequence[ChunkLog], chunk_tokens: int) -> dict[str, Any]:
     ]
     return {
         "chunk_tokens": chunk_tokens,
-        "levels": [log.first_level for log in chunks],
+        "levels": [TEXT if log.first_level == CACHED else log.first_level for log in chunks],
         "refinements": sorted(steps, key=lambda step: (step["after_tokens"], step["chunk"])),
     }

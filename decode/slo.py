@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
+from decode.fair_share import TenantShare
+
 Infeasible = Literal["best_effort", "reject", "text"]
 
 
@@ -22,6 +24,7 @@ class SLOPolicy:
     allow_recompute: whether chunks may be computed from text on the decode worker while others load.
     max_recompute_share: of a prompt's chunks, 0 to 1, as long as a source can be had.
     infeasible: what to do when not even the floor can be in time: serve as fast as possible, refuse, or compute all.
+    share: of a decode worker, that one tenant may have, or everybody together who is no tenant.
     link_prior_bps: bits per second that a link never seen is taken for.
     tenants: overrides by tenant: names of these fields and their values.
     """
@@ -35,6 +38,7 @@ class SLOPolicy:
     allow_recompute: bool = True
     max_recompute_share: float = 1.0
     infeasible: Infeasible = "best_effort"
+    share: TenantShare = field(default_factory=TenantShare)
     link_prior_bps: float = 400e6
     tenants: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
@@ -42,6 +46,10 @@ class SLOPolicy:
         """Levels from the ceiling down to the floor."""
         first = 0 if self.ceiling is None else self.levels.index(self.ceiling)
         return self.levels[first : self.levels.index(self.floor) + 1]
+
+    def shares(self) -> dict[str, TenantShare]:
+        """By tenant, for those that have a part of the policy."""
+        return {name: self.for_tenant(name).share for name in self.tenants}
 
     def for_tenant(self, name: str) -> SLOPolicy:
         """The policy with this tenant's overrides; itself for one that has none."""

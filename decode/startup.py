@@ -8,7 +8,7 @@ from codec.levels import LevelKind
 from codec.profile import Profile
 from decode.admission import WorkerLimits
 from decode.estimator import ComputeEstimator
-from prefill.block_allocator import blocks_for
+from prefill.block_pool import blocks_for
 from prefill.engine import SequenceSlice
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime
 
@@ -84,5 +84,5 @@ def measure_decode(runtime: ModelRuntime, chunk_tokens: int) -> dict[str, float]
                 times.append(time.perf_counter() - begin)
             seconds[level] = min(times) * chunk_tokens / tokens
     finally:
-        runtime.allocator.free(table)
+        runtime.allocator.release(table)
     return seconds

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from decode import fill_events as ev
@@ -16,7 +17,13 @@ def fill_event(event: wire.TransferEvent, *, source: int, num_chunks: int) -> ev
             sizes = _stored_sizes(event.body, num_chunks)
             if sizes is None:
                 return ev.SourceLost(source=source, reason="its answer does not fit the prompt", is_final=True)
-            return ev.Opened(source=source, stored_bytes=sizes, encode_s=_seconds(event.body.get("encode_s")))
+            return ev.Opened(
+                source=source,
+                stored_bytes=sizes,
+                computes=event.body.get("computes") is not False,
+                encode_s=_seconds(event.body.get("encode_s")),
+                kl=_promises(event.body.get("kl"), num_chunks),
+            )
         case wire.PartArrived():
             return ev.PartArrived(
                 source=source,
@@ -46,6 +53,15 @@ def _seconds(found: Any) -> dict[str, float]:
         for level, value in found.items()
         if isinstance(level, str) and isinstance(value, float | int) and 0 <= value < MAX_ENCODE_S
     }
+
+
+def _promises(found: Any, num_chunks: int) -> tuple[float, ...]:
+    """What a source's KV of each chunk promises; what makes no sense is nothing that could be relied on."""
+    if found is None:
+        return ()
+    if not isinstance(found, list) or len(found) != num_chunks:
+        return (math.inf,) * num_chunks
+    return tuple(float(kl) if isinstance(kl, float | int) and kl >= 0 else math.inf for kl in found)
 
 
 def _stored_sizes(body: dict[str, Any], num_chunks: int) -> tuple[dict[str, int] | None, ...] | None:

@@ -9,32 +9,41 @@ from __future__ import annotations
 
 import threading
 import time
-from collections import OrderedDict, deque
+from collections import OrderedDict
+from collections.abc import Iterable
 from typing import Any
 
 from decode.active_request import ActiveRequest
-from decode.admission import check_request, fill_orders
-from decode.answers import failed_event, finished_event, refused_event, tokens_event
+from decode.admission import AUTO, check_request, fill_orders
+from decode.answers import failed_event, finished_event, prompt_logprobs_event, refused_event, tokens_event
 from decode.blob_decoder import NewPages
 from decode.engine_loop import EngineLoop
 from decode.estimator import CodecEstimator
 from decode.fill_events import Fail
 from decode.fill_loading import EngineLoad, FillSpec
+from decode.kept_chunks import KeptChunks
+from decode.page_holders import PageHolders
 from decode.puller import Fill, KVPuller, Source
 from decode.receipt import Timeline
-from decode.requests import GenerationRequest, RequestRefused
-from decode.scheduler import Phase, Scheduler, Sequence
+from decode.requests import GenerationRequest, RequestRefused, TokenLogprobs
+from decode.sampling import Drawn
+from decode.sampling_state import SamplingState
+from decode.scheduler import Phase, QueueRefused, Scheduler, SchedulingPolicy, Sequence
 from decode.slo import SLOPolicy
 from decode.startup import measure_compute, measure_decode, promised_kl, worker_limits
 from decode.tagged_pages import TaggedPages
 from prefill.chunks import num_loadable_chunks
-from prefill.runtime import ModelRuntime
+from prefill.held_chunks import HeldChunks
+from prefill.kv_source import KVSource
+from prefill.page_quality import EXACT
+from prefill.runtime import BLOCK_TOKENS, ModelRuntime
+from prefill.store import MASTER_LEVEL, ChunkStore
 from transport.curve import CurveKeys
 from transport.stream_server import StreamServer
 
 MAX_WAITING = 256
-MAX_SEQUENCES = 256  # admitted at once; as many transfers as transport allows to one source
 MAX_RECEIPTS = 1024
+READ_S_PER_BYTE = 1e-9  # from disk: 1 GB/s
 
 
 class DecodeWorker:
@@ -47,6 +56,9 @@ class DecodeWorker:
         policy: SLOPolicy,
         bind: str = "tcp://127.0.0.1:0",
         chunk_tokens: int = 256,
+        prefix_caching: bool = True,
+        store: ChunkStore | None = None,
+        kv_bind: str = "tcp://127.0.0.1:0",
         worker_id: str = "decode-0",
         curve: CurveKeys | None = None,
         insecure: bool = False,
@@ -56,21 +68,26 @@ class DecodeWorker:
         self._limits = worker_limits(runtime, chunk_tokens)
         self._promised_kl = promised_kl(runtime.profile)
         self._compute = measure_compute(runtime, chunk_tokens)
-        self._pages = TaggedPages(runtime, chunk_tokens=chunk_tokens)
+        self._pages = TaggedPages(runtime, chunk_tokens=chunk_tokens, shares_prefixes=prefix_caching)
         self._lock = threading.Condition(threading.RLock())
-        self._scheduler = Scheduler()
+        blocks = runtime.pool.num_blocks
+        self._scheduler = Scheduler(
+            SchedulingPolicy(max_waiting=MAX_WAITING), num_blocks=blocks, block_tokens=BLOCK_TOKENS
+        )
+        self._scheduler.set_shares(policy.shares(), default=policy.share)
         self._requests: dict[str, ActiveRequest] = {}
-        self._waiting: deque[str] = deque()
-        self._ended: dict[str, Sequence] = {}  # ended, but somebody still uses their pages
+        self._holders = PageHolders(owner=self, scheduler=self._scheduler, pages=self._pages, requests=self._requests)
         self._receipts: OrderedDict[str, dict[str, Any]] = OrderedDict()
-        self._arrivals = 0
-        self._is_admitting = self._stopping = False
-        self._counters = {"generated_tokens_total": 0, "requests_total": 0}
+        self._stopping = False
+        self._counters = {"generated_tokens_total": 0, "requests_total": 0, "cached_prompt_tokens_total": 0}
+        self._codec = CodecEstimator(measured=measure_decode(runtime, chunk_tokens))
+        floor_bytes = min(self._limits.chunk_bytes.values())
+        self._remote_s_per_token = floor_bytes * 8 / policy.link_prior_bps / chunk_tokens
         self._puller = KVPuller(
             runtime,
             worker_id=worker_id,
             compute=self._compute,
-            codec=CodecEstimator(measured=measure_decode(runtime, chunk_tokens)),
+            codec=self._codec,
             owner=self,
             lock=self._lock,
             curve=curve,
@@ -86,14 +103,31 @@ class DecodeWorker:
             chunk_tokens=chunk_tokens,
             name=worker_id,
         )
+        # What it computes itself it keeps and serves, to others and to itself.
+        self.source: KVSource | None = None
         self._serving = threading.Event()  # the server's thread may call before `self.server` is set
         try:
+            if store is not None:
+                self.source = KVSource(
+                    runtime, store=store, bind=kv_bind, worker_id=worker_id, curve=curve, insecure=insecure
+                )
             self.server = StreamServer(
                 bind, on_submit=self._on_submit, on_cancel=self._on_cancel, curve=curve, insecure=insecure
             )
         except BaseException:
             self._puller.shutdown()
+            if self.source is not None:
+                self.source.shutdown()
             raise
+        self._kept = KeptChunks(
+            runtime,
+            pages=self._pages,
+            source=self.source,
+            chunk_tokens=chunk_tokens,
+            worker_id=worker_id,
+            public_key=None if curve is None else curve.public,
+        )
+        self._held = HeldChunks(store, self._chunks_in_pages)
         self._serving.set()
         self._engine.start()
 
@@ -102,9 +136,19 @@ class DecodeWorker:
         return self.server.endpoint
 
     @property
+    def kv_endpoint(self) -> str | None:
+        """Where it serves what it keeps; None: it keeps nothing."""
+        return None if self.source is None else self.source.endpoint
+
+    def index_changes(self, since: int | None) -> dict[str, Any]:
+        """What it holds, for the cluster's index. See HeldChunks."""
+        return self._held.changes(since)
+
+    @property
     def is_alive(self) -> bool:
         """Whether all its threads run. A worker that has lost one serves nothing and has to be started anew."""
-        return not self._stopping and self._engine.is_alive and self._puller.is_alive
+        is_source_alive = self.source is None or self.source.is_alive
+        return not self._stopping and self._engine.is_alive and self._puller.is_alive and is_source_alive
 
     def stats(self) -> dict[str, float]:
         """Counters and gauges, by their metric name without prefix."""
@@ -114,22 +158,45 @@ class DecodeWorker:
                 **{f"decode_{name}": value for name, value in self._puller.counters.items()},
                 "decode_computed_prompt_tokens_total": self._engine.num_prompt_tokens,
                 "decode_sequences": len(self._scheduler),
-                "num_requests_waiting": len(self._waiting),
+                **self._speeds(),
+                "num_requests_waiting": len(self._scheduler.waiting()),
+                "decode_preemptions_total": self._scheduler.num_preemptions,
                 "kv_cache_usage_perc": self._pages.usage(),
+                "kv_blocks_cached": self._pages.num_cached,
+                **({} if self.source is None else self.source.source_stats("decode_kv")),
             }
+
+    def _speeds(self) -> dict[str, float]:
+        """What a router predicts with (docs/routing.md)."""
+        size = self._limits.chunk_tokens
+        waiting = sum(waiting.num_tokens for waiting in self._scheduler.waiting())
+        filling = [s for s in self._scheduler.all() if s.phase is not Phase.RUNNING]
+        decode_s = self._codec.seconds(MASTER_LEVEL) / size
+        return {
+            "prefill_tokens_per_s": size / self._compute.seconds(0, size),
+            "waiting_prompt_tokens": waiting + sum(s.work[1] - s.work[0] for s in filling if s.work is not None),
+            "decode_running_rows": len(self._scheduler) - len(filling),
+            "decode_step_s": self._engine.row_step_s,
+            "load_s_per_token_ram": decode_s,
+            "load_s_per_token_disk": decode_s + READ_S_PER_BYTE * self._limits.chunk_bytes[MASTER_LEVEL] / size,
+            "load_s_per_token_remote": self._remote_s_per_token,
+        }
+
+    def _chunks_in_pages(self) -> set[bytes]:
+        with self._lock:
+            return self._pages.whole_chunks(self._limits.chunk_tokens)
 
     def set_policy(self, policy: SLOPolicy) -> None:
         """For requests from now on."""
         with self._lock:
             self._policy = policy
+            self._scheduler.set_shares(policy.shares(), default=policy.share)
 
     def check_integrity(self) -> None:
         """Pages, sequences and transfers add up; when nothing runs, no page is used."""
         with self._lock:
             self._puller.check_integrity()
-            held = [*self._scheduler.all(), *self._ended.values()]
-            self._pages.check_integrity(sequence.block_table for sequence in held)
-            assert set(self._requests) == {s.key for s in self._scheduler.all()} | set(self._waiting)
+            self._holders.check_integrity()
 
     def shutdown(self) -> None:
         with self._lock:
@@ -138,6 +205,8 @@ class DecodeWorker:
         self.server.shutdown()
         self._engine.join()
         self._puller.shutdown()
+        if self.source is not None:
+            self.source.shutdown()
 
     # -- requests, in the stream server's thread ------------------------------------------------------------------
 
@@ -161,28 +230,30 @@ class DecodeWorker:
         request = GenerationRequest.from_wire(body["request"])
         sources = [Source(**source) for source in body.get("sources", ())]
         check_request(request, self._limits)
-        size = self._limits.chunk_tokens
         with self._lock:
-            if stream_id in self._requests or stream_id in self._ended:
+            if stream_id in self._requests or self._holders.is_in_use(stream_id):
                 raise RequestRefused("This stream number is in use; take another.", status=409, code="stream_in_use")
-            if len(self._waiting) >= MAX_WAITING:
-                raise RequestRefused(
-                    f"{MAX_WAITING} requests are waiting on this worker; try again later.",
-                    status=429,
-                    code="overloaded",
-                )
             state = ActiveRequest(
                 request=request,
                 policy=self._policy.for_tenant(request.tenant),
-                sources=sources,
+                given_sources=sources,
                 timeline=Timeline(received_at=now),
-                loaded_tokens=num_loadable_chunks(len(request.token_ids), size) * size,
+                fill_tokens=len(request.token_ids),
+                sampling=SamplingState(
+                    request.sampling, request.token_ids, eos_token_ids=self._runtime.model.eos_token_ids
+                ),
+                chain=self._pages.chain(request.token_ids, request.cache_salt),
             )
-            self._orders(state, now)  # refuses what no source can serve, before it waits
+            state.max_kl = self._shared_quality(state)
+            spec = self._orders(state, now)  # refuses what no source can serve, before it waits
             self._counters["requests_total"] += 1
             self._requests[stream_id] = state
-            self._waiting.append(stream_id)
-            self._admit(now)
+            try:
+                self._holders.submit(stream_id, deadline=spec.deadline, now=now)
+            except QueueRefused:
+                del self._requests[stream_id]
+                raise
+            self._holders.admit(now)
 
     def _on_cancel(self, stream_id: str) -> None:
         with self._lock:
@@ -190,51 +261,78 @@ class DecodeWorker:
                 self._end(stream_id, "cancelled by the client")
 
     def _orders(self, state: ActiveRequest, now: float) -> FillSpec:
-        tail_s = self._compute.tail_seconds(state.loaded_tokens, state.prompt_tokens)
+        """How what has to be in the pages of a request before its next token is to be had."""
+        size = self._limits.chunk_tokens
+        # Who says how each chunk is to be had means those of the prompt; an answer that was given up is computed again.
+        num_loadable = state.prompt_tokens if state.max_kl is None else state.fill_tokens
+        state.loaded_tokens = num_loadable_chunks(num_loadable, size) * size
+        state.sources = self._kept.own_source(state, num_loadable) + state.given_sources
         return fill_orders(
-            state.request, state.policy, self._limits, has_source=bool(state.sources), now=now, tail_s=tail_s
+            state.request,
+            state.policy,
+            self._limits,
+            has_source=bool(state.sources),
+            now=now,
+            tail_s=self._compute.tail_seconds(state.tail_start, state.fill_tokens),
+            num_chunks=state.loaded_tokens // size,
+            source_computes=any(not source.stored_only for source in state.given_sources),
+            cached_tokens=0 if state.pages is None else state.pages.cached_tokens,
         )
 
-    def _admit(self, now: float) -> None:
-        """First come, first served: the oldest waiting request gets its pages before any younger one."""
-        if self._is_admitting:
-            return  # called from within by a request that ended at once; the loop below goes on
-        self._is_admitting = True
-        try:
-            while self._waiting and self._has_room(self._requests[self._waiting[0]]):
-                self._begin(self._waiting.popleft(), now)
-        finally:
-            self._is_admitting = False
-
-    def _has_room(self, state: ActiveRequest) -> bool:
-        return len(self._scheduler) < MAX_SEQUENCES and self._pages.can_allocate(state.max_total_tokens)
-
-    def _begin(self, key: str, now: float) -> None:
-        state = self._requests[key]
+    def _shared_quality(self, state: ActiveRequest) -> float | None:
+        """How good KV of other requests must be for this one, nats a token; None if it wants none: who says how each
+        chunk is to be had, or wants the logits of the whole prompt, wants it done."""
         request = state.request
-        table = self._pages.allocate(state.max_total_tokens)
-        spec = self._orders(state, now)  # anew: time in the queue does not count against the target
-        self._arrivals += 1
-        sequence = Sequence(
+        if request.kv_mode != AUTO or request.plan is not None or request.sampling.needs_whole_prompt:
+            return None
+        return self._pages.max_kl(state.request.floor or state.policy.floor)
+
+    # -- who holds pages; the lock is held ------------------------------------------------------------------------
+
+    def admitted(self, key: str, sequence: Sequence | None, arrival: int, now: float) -> Sequence:
+        """It has its pages. sequence: if it was preempted before."""
+        state = self._requests[key]
+        pages, request = state.pages, state.request
+        assert pages is not None
+        state.cached_kl = self._pages.worst_kl(pages.blocks, 0, pages.cached_tokens)
+        self._counters["cached_prompt_tokens_total"] += pages.cached_tokens
+        if sequence is not None:
+            return sequence
+        state.timeline.admitted_at = now
+        return Sequence(
             key=key,
             request=request,
-            block_table=table,
-            deadline=spec.deadline,
-            arrival=self._arrivals,
+            block_table=pages.blocks,
+            # Anew: time in the queue does not count against the target.
+            deadline=now + (state.policy.ttft_s if request.ttft_s is None else request.ttft_s),
+            arrival=arrival,
             itl_s=state.policy.itl_s if request.itl_s is None else request.itl_s,
         )
-        self._scheduler.add(sequence)
-        state.timeline.admitted_at = now
+
+    def begin_fill(self, sequence: Sequence, now: float) -> None:
+        state = self._requests[sequence.key]
+        spec = self._orders(state, now)
         self._puller.start(
-            key,
+            sequence.key,
             spec,
             sources=state.sources,
-            token_ids=request.token_ids,
-            cache_salt=request.cache_salt,
-            block_table=table,
+            token_ids=sequence.token_ids(0, state.fill_tokens),
+            cache_salt=state.request.cache_salt,
+            block_table=sequence.block_table,
+            max_kl=state.max_kl or EXACT,
             link_prior_bps=state.policy.link_prior_bps,
             now=now,
         )
+
+    def gives_up(self, sequence: Sequence) -> None:
+        """Its pages go to somebody else. What was loaded is offered to the store too; what was computed is there."""
+        state, size = self._requests[sequence.key], self._limits.chunk_tokens
+        self._puller.stop(sequence.key, "preempted")
+        state.new_pages.clear()
+        state.num_preempted += 1
+        if state.pages is not None and sequence.output:
+            num_written = state.fill_tokens if sequence.work is not None else sequence.num_tokens - 1
+            self._kept.written(state, 0, min(num_written, state.loaded_tokens) // size * size)
 
     # -- the puller's owner; the lock is held ---------------------------------------------------------------------
 
@@ -250,19 +348,31 @@ class DecodeWorker:
         sequence.work, sequence.work_chunk = (start, stop), chunk
         self._lock.notify_all()
 
-    def chunk_loaded(self, key: str, start: int, stop: int, level: str) -> None:
+    def chunk_loaded(self, key: str, start: int, stop: int, level: str, base_kl: float) -> None:
         sequence = self._scheduler.get(key)
         assert sequence is not None
-        self._pages.loaded(sequence.block_table, start, stop, level)
+        self._pages.loaded(sequence.block_table, start, stop, level, base_kl)
 
     def fill_ready(self, key: str, now: float) -> None:
         sequence, state = self._scheduler.get(key), self._requests[key]
         assert sequence is not None and sequence.work is None
-        state.timeline.filled_at = now
-        state.first_kl = self._pages.worst_kl(sequence.block_table, 0, state.loaded_tokens)
+        if not sequence.output:
+            state.timeline.filled_at = now
+            self._note_load(state, now)
+            state.first_kl = self._pages.worst_kl(sequence.block_table, 0, state.loaded_tokens)
         sequence.phase, sequence.work_chunk = Phase.TAIL, None
-        sequence.work = (state.loaded_tokens, state.prompt_tokens)
+        sequence.work = (state.tail_start, state.fill_tokens)
+        assert state.pages is not None
+        self._pages.share(state.pages, state.loaded_tokens)
         self._lock.notify_all()
+
+    def _note_load(self, state: ActiveRequest, now: float) -> None:
+        """How long KV of other workers took, if there was any."""
+        fill, admitted_at = state.fill, state.timeline.admitted_at
+        assert fill is not None and admitted_at is not None
+        num_loaded = sum(fill.machine.table.levels.values()) * self._limits.chunk_tokens
+        if num_loaded and all(source.id != self.worker_id for source in fill.sources):
+            self._remote_s_per_token += 0.3 * ((now - admitted_at) / num_loaded - self._remote_s_per_token)
 
     def fill_failed(self, key: str, failure: Fail) -> None:
         event = failed_event(status=failure.status, code=failure.code, message=failure.message)
@@ -279,65 +389,81 @@ class DecodeWorker:
         sequence.pins += 1
 
     def unpin(self, key: str) -> None:
-        sequence = self._scheduler.get(key) or self._ended[key]
+        sequence = self._holders.pinned(key)
         sequence.pins -= 1
         self.unpinned(sequence)
+        self._lock.notify_all()  # its pages can be had now
 
     # -- the end of a request -------------------------------------------------------------------------------------
 
     def _end(self, key: str, reason: str) -> dict[str, Any] | None:
         """Forget the request, keep its receipt, give back its pages as soon as nobody uses them."""
-        state = self._requests.pop(key)
-        sequence = self._scheduler.get(key)
-        if sequence is None:
-            self._waiting.remove(key)
-            self._admit(time.monotonic())  # it may have kept younger ones waiting that need less room
-            return None
-        size, now = self._limits.chunk_tokens, time.monotonic()
-        receipt = state.receipt(sequence, self._pages, chunk_tokens=size, promised_kl=self._promised_kl, now=now)
-        receipt["ended"] = reason
-        self._receipts[state.request.request_id] = receipt
-        while len(self._receipts) > MAX_RECEIPTS:
-            self._receipts.popitem(last=False)
-        self._puller.stop(key, reason)
-        self._scheduler.remove(key)
-        sequence.work = None
-        self._ended[key] = sequence
-        self.unpinned(sequence)
+        state, sequence, now = self._requests[key], self._scheduler.get(key), time.monotonic()
+        receipt = None
+        if sequence is not None:
+            size = self._limits.chunk_tokens
+            receipt = state.receipt(sequence, self._pages, chunk_tokens=size, promised_kl=self._promised_kl, now=now)
+            receipt["ended"] = reason
+            self._receipts[state.request.request_id] = receipt
+            while len(self._receipts) > MAX_RECEIPTS:
+                self._receipts.popitem(last=False)
+            self._puller.stop(key, reason)
+        self._holders.ended(key, now)
+        del self._requests[key]
+        self._holders.admit(now)  # it may have kept others waiting that need less room
         return receipt
 
     # -- the engine's owner; the lock is held ---------------------------------------------------------------------
 
     def chunk_computed(self, key: str, chunk: int, now: float) -> None:
+        self._kept.keep(self._requests[key], chunk)
         self._puller.computed(key, chunk, now)
+
+    def kv_written(self, key: str, start: int, stop: int) -> None:
+        self._kept.written(self._requests[key], start, stop)
+
+    def grow(self, sequence: Sequence, num_blocks: int) -> bool:
+        return self._holders.grow(sequence, num_blocks)
+
+    def spill(self, sequence: Sequence) -> None:
+        self._holders.spill(sequence, time.monotonic())
 
     def pages_refined(self, key: str, pages: NewPages, num_output: int, now: float) -> None:
         self._puller.pages_put(key, pages, num_output, now)
 
-    def _first_token(self, sequence: Sequence, now: float) -> None:
-        timeline = self._requests[sequence.key].timeline
-        timeline.first_token_at = now
-        if timeline.filled_at is not None:
-            num_prompt, size = len(sequence.request.token_ids), self._limits.chunk_tokens
-            self._compute.observe_tail((num_prompt - 1) // size * size, num_prompt, now - timeline.filled_at)
-        self._puller.first_token(sequence.key, now)
-
-    def token_drawn(self, sequence: Sequence, token: int, now: float) -> None:
+    def began_answer(self, sequence: Sequence, now: float) -> None:
+        """All that was to be filled is, and the next token is drawn: the first, if it was not preempted before."""
+        state = self._requests[sequence.key]
+        timeline = state.timeline
         if not sequence.output:
-            self._first_token(sequence, now)
+            timeline.first_token_at = now
+            if timeline.filled_at is not None:
+                self._compute.observe_tail(state.tail_start, state.fill_tokens, now - timeline.filled_at)
+            state.first_fill, state.first_sources = state.fill, state.sources
+        self._puller.first_token(sequence.key, now)
+        self._holders.filled(sequence.key)
+        self._holders.admit(now)  # those that waited for its pages
+
+    def prompt_scored(self, sequence: Sequence, start: int, logprobs: Iterable[TokenLogprobs]) -> None:
+        self.server.send(sequence.key, prompt_logprobs_event(start, logprobs))
+
+    def token_drawn(self, sequence: Sequence, drawn: Drawn, now: float) -> None:
+        token = drawn.token_id
         sequence.output.append(token)
+        self._requests[sequence.key].chain.extend([token])
         self._counters["generated_tokens_total"] += 1
         sampling = sequence.request.sampling
         is_stop = token in sampling.stop_token_ids or (
             not sampling.ignore_eos and token in self._runtime.model.eos_token_ids
         )
         if not is_stop and len(sequence.output) < sampling.max_tokens:
-            self.server.send(sequence.key, tokens_event(token))
+            self.server.send(sequence.key, tokens_event(token, drawn.logprobs))
             return
         receipt = self._end(sequence.key, "finished")
         assert receipt is not None
         finished = finished_event(
             token,
+            drawn.logprobs,
             reason="stop" if is_stop else "length",
             prompt_tokens=len(sequence.request.token_ids),
             completion_tokens=len(sequence.output),
@@ -352,7 +478,4 @@ class DecodeWorker:
             self._end(key, message)
 
     def unpinned(self, sequence: Sequence) -> None:
-        if sequence.pins == 0 and self._ended.get(sequence.key) is sequence:
-            del self._ended[sequence.key]
-            self._pages.free(sequence.block_table)
-            self._admit(time.monotonic())
+        self._holders.unpinned(sequence, time.monotonic())

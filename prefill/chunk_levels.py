@@ -13,8 +13,11 @@ from codec.chunk import cut_chunk, level_sizes, refinement_of
 from codec.errors import CodecError
 from codec.levels import LevelKind
 from prefill.chunks import split_level
+from prefill.prompt import FreshChunk
 from prefill.runtime import ModelRuntime
 from prefill.store import MASTER_LEVEL, ChunkStore
+
+MAX_REMEMBERED = 65_536  # chunks whose sizes need not be read again
 
 
 class ChunkLevels:
@@ -26,6 +29,7 @@ class ChunkLevels:
         levels = runtime.profile.levels
         self._stages = {level.name: level.stages for level in levels if level.kind is LevelKind.QUANTIZED}
         self._finest = max(self._stages, key=lambda name: self._stages[name], default=None)
+        self._nested_sizes: dict[tuple[bytes, int], dict[str, int]] = {}  # by key and bytes of the finest blob
         self._early: dict[bytes, bytes] = {}  # finest blobs of fresh chunks whose master is not yet in the store
 
     def check(self, name: str) -> str | None:
@@ -51,15 +55,21 @@ class ChunkLevels:
         sizes = self._store.sizes(key)
         if sizes is None or self._finest not in sizes:
             return sizes
-        nested = self._store.peek(key, self._finest)
-        return sizes if nested is None else sizes | level_sizes(nested, profile=self._runtime.profile)
+        name = key, sizes[self._finest]
+        nested = self._nested_sizes.get(name)
+        if nested is None:
+            blob = self._store.peek(key, self._finest)  # from disk, if it is only there
+            if blob is None:
+                return sizes
+            if len(self._nested_sizes) >= MAX_REMEMBERED:
+                self._nested_sizes.clear()
+            nested = self._nested_sizes[name] = level_sizes(blob, profile=self._runtime.profile)
+        return sizes | nested
 
-    def blob(
-        self, key: bytes, name: str, *, start: int, stop: int, fresh: tuple[Tensor, Tensor] | None
-    ) -> bytes | None:
+    def blob(self, key: bytes, name: str, *, start: int, stop: int, fresh: FreshChunk | None) -> bytes | None:
         """The chunk of tokens [start, stop) at a level, or a refinement of it; None if the chunk is not stored.
 
-        fresh: its k and v, if at hand. Raises codec.errors.CodecError.
+        fresh: its KV, if it is not in the store yet, or in a worse quality. Raises codec.errors.CodecError.
         """
         wrong = self.check(name)
         if wrong is not None:
@@ -74,36 +84,41 @@ class ChunkLevels:
             return refinement_of(blob, profile=self._runtime.profile, have=have, level=level)
         return blob if kept == level else cut_chunk(blob, profile=self._runtime.profile, level=level)
 
-    def _kept(
-        self, key: bytes, level: str, *, start: int, stop: int, fresh: tuple[Tensor, Tensor] | None
-    ) -> bytes | None:
+    def _kept(self, key: bytes, level: str, *, start: int, stop: int, fresh: FreshChunk | None) -> bytes | None:
         """A level that is kept once it is made."""
-        blob = self._early.get(key) if level == self._finest else None
-        if blob is None:
-            blob = self._store.get(key, level)
-        if blob is not None:
+        if fresh is not None:  # what the store has of it, if anything, is worse
+            early = self._early.get(key) if level == self._finest else None
+            blob = early or self._encode(fresh.k, fresh.v, start, level)
+            if level == self._finest:
+                self._early[key] = blob
+            elif level == MASTER_LEVEL:
+                self._put_master(key, fresh, blob)
             return blob
-        kv = fresh
-        if kv is None:
-            master = self._store.get(key, MASTER_LEVEL)
-            if master is None:
-                return None
-            kv = self._runtime.decode(master, start=start, stop=stop)
-        blob = self._encode(*kv, start, level)
-        is_kept = self._store.put(key, level, blob)
-        if not is_kept and fresh is not None and level == self._finest:
-            self._early[key] = blob
+        kept = self._store.get(key, level)
+        if kept is not None:
+            return kept
+        kl = self._store.kl(key)
+        master = self._store.get(key, MASTER_LEVEL)
+        if master is None or kl is None:
+            return None
+        blob = self._encode(*self._runtime.decode(master, start=start, stop=stop), start, level)
+        # Refused if the master was replaced by a better one meanwhile.
+        self._store.put(key, level, blob, kl=kl)
         return blob
 
-    def store_master(self, key: bytes, k: Tensor, v: Tensor, *, start: int) -> None:
+    def store_master(self, key: bytes, fresh: FreshChunk) -> None:
         """Keep a fresh chunk, losslessly, and what was quantized of it before. The last that is done with one: `blob`
         has it as fresh no more. Raises codec.errors.CodecError."""
         early = self._early.pop(key, None)
-        if self._store.peek(key, MASTER_LEVEL) is None:
-            self._store.put(key, MASTER_LEVEL, self._encode(k, v, start, MASTER_LEVEL))
+        kl = self._store.kl(key)
+        if kl is None or kl > fresh.kl:
+            self._put_master(key, fresh, self._encode(fresh.k, fresh.v, fresh.start, MASTER_LEVEL))
         if early is not None:
             assert self._finest is not None
-            self._store.put(key, self._finest, early)
+            self._store.put(key, self._finest, early, kl=fresh.kl)
+
+    def _put_master(self, key: bytes, fresh: FreshChunk, blob: bytes) -> None:
+        self._store.put(key, MASTER_LEVEL, blob, kl=fresh.kl, tenant=fresh.tenant, parent=fresh.parent)
 
     def check_integrity(self) -> None:
         """When no chunk is fresh: nothing waits for a master."""

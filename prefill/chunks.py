@@ -3,8 +3,9 @@
 A prompt of P tokens has (P - 1) // C *loadable* chunks of C tokens. What is left, the *tail*, always holds at least
 the last prompt token: the decode worker runs it itself, because it needs that token's logits anyway.
 
-A chunk's key names everything that its KV depends on: the model, the tenant's salt and every token up to the chunk's
-end. Equal keys therefore mean equal KV, and the keys of a prompt form a hash chain.
+A key names everything that KV depends on: the model, the tenant's salt and every token up to some point. Equal keys
+therefore mean equal KV. The keys of a sequence form one hash chain, a link every 16 tokens (`KeyChain`), from which the
+keys of its blocks and of its chunks are read.
 
 What is asked of a chunk is a level, "q1", or a refinement, "q3>q1": what a holder of q3 lacks of q1.
 """
@@ -13,9 +14,10 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 KEY_BYTES = 16
+LINK_TOKENS = 16
 REFINES = ">"
 
 
@@ -25,16 +27,67 @@ def num_loadable_chunks(num_prompt_tokens: int, chunk_tokens: int) -> int:
     return (num_prompt_tokens - 1) // chunk_tokens
 
 
+class KeyChain:
+    """The keys of one sequence, which may grow."""
+
+    def __init__(self, token_ids: Sequence[int] = (), *, fingerprint: str, cache_salt: str = "") -> None:
+        """fingerprint: the model's, with its weights, dtype and adapter."""
+        seed = f"kvstream/kv/2\0{fingerprint}\0{cache_salt}".encode()
+        self._last = hashlib.blake2b(seed, digest_size=KEY_BYTES).digest()
+        self._links: list[bytes] = []
+        self._rest: list[int] = []
+        self.extend(token_ids)
+
+    def extend(self, token_ids: Iterable[int]) -> None:
+        self._rest += token_ids
+        num_full = len(self._rest) // LINK_TOKENS * LINK_TOKENS
+        for start in range(0, num_full, LINK_TOKENS):
+            tokens = array("I", self._rest[start : start + LINK_TOKENS])
+            self._last = hashlib.blake2b(self._last + tokens.tobytes(), digest_size=KEY_BYTES).digest()
+            self._links.append(self._last)
+        del self._rest[:num_full]
+
+    def __len__(self) -> int:
+        """Tokens."""
+        return len(self._links) * LINK_TOKENS + len(self._rest)
+
+    def blocks(self, block_tokens: int, first: int = 0) -> list[bytes]:
+        """The keys of the full blocks from `first` on, 16 bytes each."""
+        step = _links_of(block_tokens)
+        return self._links[first * step + step - 1 :: step]
+
+    def chunks(self, chunk_tokens: int, num_chunks: int) -> list[bytes]:
+        """The keys of the first `num_chunks` chunks, 16 bytes each."""
+        step = _links_of(chunk_tokens)
+        assert num_chunks * step <= len(self._links), (num_chunks, len(self))
+        return [chunk_key(link, chunk_tokens) for link in self._links[step - 1 : num_chunks * step : step]]
+
+    def chunk(self, chunk_tokens: int, index: int) -> bytes:
+        """The key of one chunk."""
+        return chunk_key(self._links[(index + 1) * _links_of(chunk_tokens) - 1], chunk_tokens)
+
+
+def chunk_key(link: bytes, chunk_tokens: int) -> bytes:
+    """The key of the chunk of that size which ends with this link of a chain."""
+    return link[: KEY_BYTES - 2] + chunk_tokens.to_bytes(2, "little")
+
+
 def chunk_keys(token_ids: Sequence[int], chunk_tokens: int, *, fingerprint: str, cache_salt: str = "") -> list[bytes]:
-    """The key of each loadable chunk of `token_ids`, 16 bytes each (BLAKE2b over the chain so far)."""
-    seed = f"kvstream/chunk/1\0{fingerprint}\0{chunk_tokens}\0{cache_salt}".encode()
-    previous = hashlib.blake2b(seed, digest_size=KEY_BYTES).digest()
-    keys = []
-    for chunk in range(num_loadable_chunks(len(token_ids), chunk_tokens)):
-        tokens = array("I", token_ids[chunk * chunk_tokens : (chunk + 1) * chunk_tokens])
-        previous = hashlib.blake2b(previous + tokens.tobytes(), digest_size=KEY_BYTES).digest()
-        keys.append(previous)
-    return keys
+    """The keys of the loadable chunks of a prompt."""
+    chain = KeyChain(token_ids, fingerprint=fingerprint, cache_salt=cache_salt)
+    return chain.chunks(chunk_tokens, num_loadable_chunks(len(token_ids), chunk_tokens))
+
+
+def _links_of(num_tokens: int) -> int:
+    assert num_tokens > 0 and num_tokens % LINK_TOKENS == 0, num_tokens
+    return num_tokens // LINK_TOKENS
+
+
+def tenant_of(cache_salt: str) -> str:
+    """Whom KV under this salt belongs to; "": to nobody in particular. The gateway puts a tenant's name and a NUL
+    before the salt that its client gave."""
+    tenant, nul, _ = cache_salt.partition("\0")
+    return tenant if nul else ""
 
 
 def refinement_name(have: str, level: str) -> str:

@@ -9,68 +9,89 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from kernels.attention import TILE_TOKENS
 from kernels.row_invariance import MULTIPLES, ROW_COUNTS, Product, cancelling_example, least_row_multiple
-from prefill.attention import PagedBatch, Span
-from prefill.block_allocator import BlockAllocator, blocks_for
-from prefill.kv_pool import KVPool
+from prefill.attention import Batch, Span
+from prefill.block_pool import BlockPool, blocks_for
+from prefill.kv_layout import KVLayout
 from prefill.model import LoadedModel
+from prefill.packed_linear import PackedLinear, pack_linears, pack_weight, packed_product
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SequenceSlice:
     """Tokens `start .. start + len(token_ids)` of a sequence whose pages are `block_table`; the KV of the tokens before
-    `start` is in the pages already."""
+    `start` is in the pages already. need_logits: of the last token; all_logits: of all of them. ring: where a pool of
+    quantized pages keeps the sequence's recent tokens."""
 
     token_ids: Sequence[int]
     start: int
     block_table: Sequence[int]
     need_logits: bool = False
+    all_logits: bool = False
+    ring: int | None = None
 
 
 class SliceInvalid(ValueError):
     """A slice that the pages or the model cannot hold; the text names it. Nothing was computed."""
 
 
+class PagePool(Protocol):
+    """What the engine needs of a pool: kv_pool.py's, or one of quantized pages. `uses_torch_products`: whether
+    attention's sums are torch's, whose order may depend on the number of rows."""
+
+    layout: KVLayout
+    block_tokens: int
+
+    @property
+    def uses_torch_products(self) -> bool: ...
+    def make_batch(self, spans: Sequence[Span], row_multiple: int = 1) -> Batch: ...
+
+
 class Engine:
     """`row_multiple`: every matrix product sees a multiple of so many rows, because from there on a row's bits do
     not depend on the others. Found by measuring when it is not given."""
 
-    def __init__(self, model: LoadedModel, pool: KVPool, *, row_multiple: int | None = None) -> None:
+    def __init__(self, model: LoadedModel, pool: PagePool, *, row_multiple: int | None = None) -> None:
         assert pool.layout == model.layout, (pool.layout, model.layout)
         self.model = model
         self.pool = pool
-        self.row_multiple = measured_row_multiple(model) if row_multiple is None else row_multiple
+        pack_linears(model.model)
+        if row_multiple is None:
+            row_multiple = measured_row_multiple(model, attention=pool.uses_torch_products)
+        self.row_multiple = row_multiple
+        pool.make_batch([], row_multiple)  # compiles what was not compiled yet: never in a request
 
     def forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
         """Compute all slices in one pass, write their KV into the pages, and return the logits after the last
-        token of each slice that asked for them: float32 [slices with need_logits, vocab], in the order of the
-        slices. Raises `SliceInvalid`."""
+        token of each slice that asked for them, or after each of its tokens: float32 [rows, vocab], in the order of
+        the slices. Raises `SliceInvalid`."""
         spans = self._spans(slices)
-        last_rows = [span.row + span.num_tokens - 1 for span, s in zip(spans, slices, strict=True) if s.need_logits]
+        wanted = [row for span, item in zip(spans, slices, strict=True) for row in _wanted_rows(span, item)]
         if not spans:
             return torch.empty(0, self.model.vocab_size)
-        batch = PagedBatch(self.pool, spans, self.row_multiple)
+        batch = self.pool.make_batch(spans, self.row_multiple)
         ids = self._padded([token for s in slices for token in s.token_ids])
         positions = self._padded([position for span in spans for position in range(span.start, span.stop)])
         network = self.model.model
         with torch.inference_mode():
-            if not last_rows:  # spare the projection to the vocabulary
+            if not wanted:  # spare the projection to the vocabulary
                 network.base_model(ids[None], position_ids=positions[None], use_cache=False, kv=batch)
                 return torch.empty(0, self.model.vocab_size)
             out = network(
                 ids[None],
                 position_ids=positions[None],
                 use_cache=False,
-                logits_to_keep=self._padded(last_rows),
+                logits_to_keep=self._padded(wanted),
                 kv=batch,
             )
         # A copy made out here is an ordinary tensor, which a sampler may write to.
-        return out.logits[0, : len(last_rows)].to(torch.float32, copy=True)
+        return out.logits[0, : len(wanted)].to(torch.float32, copy=True)
 
     def _spans(self, slices: Sequence[SequenceSlice]) -> list[Span]:
         spans: list[Span] = []
@@ -78,7 +99,9 @@ class Engine:
         for item in slices:
             self._check(item)
             num_tokens = len(item.token_ids)
-            spans.append(Span(row=row, num_tokens=num_tokens, start=item.start, block_table=item.block_table))
+            spans.append(
+                Span(row=row, num_tokens=num_tokens, start=item.start, block_table=item.block_table, ring=item.ring)
+            )
             row += num_tokens
         return spans
 
@@ -98,28 +121,38 @@ class Engine:
             raise SliceInvalid(f"tokens up to {stop} do not fit {len(item.block_table)} blocks")
 
 
+def _wanted_rows(span: Span, item: SequenceSlice) -> range:
+    """The rows of the pass whose logits a slice asked for."""
+    stop = span.row + span.num_tokens
+    return range(span.row if item.all_logits else stop - 1 if item.need_logits else stop, stop)
+
+
 class ScheduleVariantWarning(UserWarning):
     """On this machine the same prompt may give other tokens in another batch."""
 
 
-def measured_row_multiple(model: LoadedModel) -> int:
+def measured_row_multiple(model: LoadedModel, *, attention: bool = True) -> int:
     """The least number of rows to pad to so that this machine's matrix products treat rows alike, measured in the
-    shapes of the model's weights and of the two products of attention. Some 0.1 s for a small model."""
+    shapes of the model's weights and, with `attention`, of its two products. Some 0.1 s for a small model."""
     layout, dtype, device = model.layout, model.layout.torch_dtype, model.device
     examples = []
 
     def add(product: Product, depth: int, columns: int, batch: int | None = None) -> None:
         left, right = cancelling_example(ROW_COUNTS[-1], depth, columns, dtype=dtype, batch=batch)
-        if product is nn.functional.linear:
+        left, right = left.to(device), right.to(device)
+        if batch is None:
             left, right = left[None], right.t().contiguous()
-        examples.append((product, left.to(device), right.to(device)))
+            right = pack_weight(right) if product is packed_product else right
+        examples.append((product, left, right))
 
-    linear = [module for module in model.model.modules() if isinstance(module, nn.Linear)]
-    # Wide weights are cut: columns are independent, and what matters is the depth of the sums.
-    for depth, columns in sorted({(m.in_features, min(m.out_features, 4096)) for m in linear}):
-        add(nn.functional.linear, depth, columns)
-    add(torch.bmm, layout.head_dim_k, TILE_TOKENS, layout.num_kv_heads)
-    add(torch.bmm, TILE_TOKENS, layout.head_dim_v, layout.num_kv_heads)
+    for kind, product in ((nn.Linear, nn.functional.linear), (PackedLinear, packed_product)):
+        linears = [module for module in model.model.modules() if isinstance(module, kind)]
+        # Wide weights are cut: columns are independent, and what matters is the depth of the sums.
+        for depth, columns in sorted({(m.in_features, min(m.out_features, 4096)) for m in linears}):
+            add(product, depth, columns)
+    if attention:
+        add(torch.bmm, layout.head_dim_k, TILE_TOKENS, layout.num_kv_heads)
+        add(torch.bmm, TILE_TOKENS, layout.head_dim_v, layout.num_kv_heads)
     with torch.inference_mode():
         multiple = least_row_multiple(examples)
     if multiple is None:
@@ -153,7 +186,7 @@ def prefill(
 
 def generate_greedy(
     engine: Engine,
-    allocator: BlockAllocator,
+    allocator: BlockPool,
     token_ids: Sequence[int],
     max_tokens: int,
     *,
@@ -172,4 +205,4 @@ def generate_greedy(
             tokens.append(int(engine.forward([row])[0].argmax()))
         return tokens
     finally:
-        allocator.free(table)
+        allocator.release(table)

@@ -1,4 +1,6 @@
-"""The shape of a model's KV. Plain data over torch's dtypes; imports nothing of ours."""
+"""The shape of a model's KV, and what of it sliding windows still read. Plain data over torch's dtypes; imports nothing
+of ours.
+"""
 
 from __future__ import annotations
 
@@ -11,19 +13,86 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KVLayout:
-    """The shape of one token's KV."""
+    """The shape of one token's KV. `windows` [L]: a query at `p` sees keys `p - window + 1 .. p` of that layer; None is
+    all of them. Left out, every layer sees everything."""
 
     num_layers: int
     num_kv_heads: int
     head_dim_k: int
     head_dim_v: int
     dtype: str
+    windows: tuple[int | None, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.windows:
+            object.__setattr__(self, "windows", (None,) * self.num_layers)
+        assert len(self.windows) == self.num_layers, (self.windows, self.num_layers)
+        assert all(window is None or window > 0 for window in self.windows), self.windows
 
     @property
     def torch_dtype(self) -> torch.dtype:
         return DTYPES[self.dtype]
 
     @property
+    def values_per_layer(self) -> int:
+        """Values of one token's keys and values in one layer."""
+        return self.num_kv_heads * (self.head_dim_k + self.head_dim_v)
+
+    @property
     def bytes_per_token(self) -> int:
-        values = self.num_layers * self.num_kv_heads * (self.head_dim_k + self.head_dim_v)
-        return values * int(self.torch_dtype.itemsize)
+        return self.num_layers * self.values_per_layer * int(self.torch_dtype.itemsize)
+
+    @property
+    def has_windows(self) -> bool:
+        return any(window is not None for window in self.windows)
+
+
+def first_key(window: int | None, query: int) -> int:
+    """The first key that a query at position `query`, and so any later one, sees."""
+    return 0 if window is None else max(0, query - window + 1)
+
+
+def layers_needed(layout: KVLayout, start: int, stop: int, *, first_query: int) -> tuple[int, ...]:
+    """The layers whose KV of tokens `start .. stop` a query at `first_query` or later still sees.
+
+    Whoever continues a sequence computes its queries from `first_query` on: the last prompt token for a prompt whose KV
+    is all there (it runs in any case, for its logits), the first missing token otherwise.
+    """
+    assert 0 <= start < stop <= first_query + 1, (start, stop, first_query)
+    return tuple(i for i, window in enumerate(layout.windows) if stop > first_key(window, first_query))
+
+
+def layer_runs(layers: tuple[int, ...]) -> list[tuple[int, int]]:
+    """Ascending layers as ranges (start, stop) of neighbours, which is how blobs are decoded in part."""
+    runs: list[tuple[int, int]] = []
+    for layer in layers:
+        if runs and runs[-1][1] == layer:
+            runs[-1] = (runs[-1][0], layer + 1)
+        else:
+            runs.append((layer, layer + 1))
+    return runs
+
+
+def window_groups(layout: KVLayout) -> dict[int | None, tuple[int, ...]]:
+    """The layers of each window, in the order in which the windows first come. Layers of a group need the same blocks
+    at any time, so a pool that keeps only windows has one block table a sequence and group."""
+    groups: dict[int | None, list[int]] = {}
+    for layer, window in enumerate(layout.windows):
+        groups.setdefault(window, []).append(layer)
+    return {window: tuple(layers) for window, layers in groups.items()}
+
+
+def dead_blocks(window: int | None, next_token: int, block_tokens: int) -> int:
+    """How many of a sequence's first blocks no query at `next_token` or later sees in layers of this window."""
+    return first_key(window, next_token) // block_tokens
+
+
+def live_blocks(window: int | None, num_tokens: int, block_tokens: int, chunk_tokens: int = 1) -> int:
+    """The most blocks that a sequence of `num_tokens` holds at once in layers of this window, if blocks are given back
+    as they die and tokens are computed `chunk_tokens` at a time: a chunk's first query sees its whole window while the
+    chunk's last token is written."""
+    whole = -(-num_tokens // block_tokens)
+    if window is None:
+        return whole
+    span = window - 1 + min(chunk_tokens, num_tokens)  # tokens that must be there together
+    return min(whole, (span + block_tokens - 2) // block_tokens + 1)  # wherever in a block they start

@@ -13,7 +13,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from prefill.attention import Batch, Span
+from prefill.cpu_attention import CpuAttention, can_attend
 from prefill.kv_layout import KVLayout
+from prefill.tiled_attention import TiledBatch
 
 
 class KVPool:
@@ -32,10 +35,25 @@ class KVPool:
         self.k = self._k_all[:, :num_blocks]
         self.v = self._v_all[:, :num_blocks]
         self.null_slot = num_blocks * block_tokens
+        self._cpu_attention: CpuAttention | None = None
 
     @property
     def num_bytes(self) -> int:
         return self.num_blocks * self.block_tokens * self.layout.bytes_per_token
+
+    @property
+    def uses_torch_products(self) -> bool:
+        """Whether attention's sums are torch's, whose order may depend on the number of rows."""
+        return not can_attend(self.layout, self.device)
+
+    def make_batch(self, spans: Sequence[Span], row_multiple: int = 1) -> Batch:
+        """What one forward pass hands to every layer. The first one compiles the kernel, if it was never compiled on
+        this machine: some seconds."""
+        if self.uses_torch_products:
+            return TiledBatch(self, spans, row_multiple)
+        if self._cpu_attention is None:
+            self._cpu_attention = CpuAttention(self)
+        return self._cpu_attention.batch(spans)
 
     def layer_slots(self, layer: int) -> tuple[Tensor, Tensor]:
         """One layer's keys and values as [num_slots, H, D] views, the null block's slots last."""

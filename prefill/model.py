@@ -6,25 +6,25 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
-from prefill.attention import ATTENTION_NAME, AttentionUnsupported, register
+from prefill.attention import ATTENTION_NAME, AttentionRule, AttentionUnsupported, register
+from prefill.errors import ModelRefused
 from prefill.kv_layout import DTYPES, KVLayout
+from prefill.rotation import KeyRotation, find_rotation, probe_positions
 
-# Their frequencies depend on the position alone; `dynamic` and `longrope` look at the longest sequence of the *batch*.
+# Their frequencies depend on the position alone.
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-
-
-class ModelRefused(Exception):
-    """The model cannot be served; the text says why and what to do."""
+# These switch to other frequencies when the longest sequence of the *batch* exceeds the original context. Within it
+# they are constant, so that is the context served.
+CAPPED_ROPE_TYPES = ("dynamic", "longrope")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,22 +40,18 @@ class LoadedModel:
     max_context: int
     eos_token_ids: tuple[int, ...]
     vocab_size: int
+    rotation: KeyRotation
 
     @property
     def device(self) -> torch.device:
         return self.model.device
 
-    def rope_tables(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """cos and sin [T, D] float32 for positions `start..stop`: `rotated = x * cos + rotate_half(x) * sin`.
-
-        A pure rotation (cos² + sin² = 1), also where the model scales its tables (yarn), so that rotating by -sin and
-        again by +sin gives the key back."""
-        rotary = _rotary(self.model)
-        positions = torch.arange(start, stop, device=self.device)[None]
-        with torch.inference_mode():
-            cos, sin = rotary(torch.zeros(1, dtype=torch.float32, device=self.device), positions)
-        scaling = float(getattr(rotary, "attention_scaling", 1.0))
-        return (cos[0] / scaling).cpu(), (sin[0] / scaling).cpu()
+    def rope_tables(self, start: int, stop: int) -> tuple[Tensor, Tensor, tuple[bool, ...] | None]:
+        """What `codec.rope.RopeTable` takes for positions `start..stop`: cos and sin [T, R] float32 of the first R
+        channels, `rotated = x * cos + rotate_half(x) * sin`, a pure rotation; and the layers whose keys are turned so,
+        None for all of them. R = 0 where the codec can undo nothing."""
+        cos, sin = self.rotation.tables(torch.arange(start, stop, device=self.device))
+        return cos.cpu(), sin.cpu(), None if all(self.rotation.layers) else self.rotation.layers
 
 
 def load_model(path: str | Path, *, dtype: str = "bfloat16", device: str = "cpu") -> LoadedModel:
@@ -71,12 +67,19 @@ def load_model(path: str | Path, *, dtype: str = "bfloat16", device: str = "cpu"
     disable_progress_bar()  # "Loading weights" from every worker, into every log
     try:
         config = AutoConfig.from_pretrained(folder)
-        _check_config(config)
-        model = AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=DTYPES[dtype])
+        check_config(config)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=DTYPES[dtype], output_loading_info=True
+        )
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise ModelRefused(f"transformers cannot load {folder}: {reason}") from error
+    if missing := sorted(found["missing_keys"]):  # transformers makes them up and goes on
+        raise ModelRefused(
+            f"{folder} lacks {len(missing)} of the weights of {type(model).__name__}, such as {missing[0]}: "
+            "its files are incomplete, or of another architecture"
+        )
     fingerprint = fingerprint_folder(folder, dtype)
     return wrap_model(model.to(device), tokenizer, name=folder.resolve().name, fingerprint=fingerprint)
 
@@ -84,14 +87,14 @@ def load_model(path: str | Path, *, dtype: str = "bfloat16", device: str = "cpu"
 def wrap_model(model: PreTrainedModel, tokenizer: Any, *, name: str, fingerprint: str) -> LoadedModel:
     """Put our attention into a model that is in memory already. Raises `ModelRefused`."""
     config = model.config
-    _check_config(config)
+    check_config(config)
     if not getattr(model, "_supports_attention_backend", False):
         raise ModelRefused(f"{type(model).__name__} does not use transformers' attention interface")
     register()
     model.eval().requires_grad_(False)
     model.set_attn_implementation(ATTENTION_NAME)
-    layout = _probe_layout(model)
-    _check_rotation(model, layout)
+    max_context = max_context_of(config)
+    layout, rotation = _probe(model, max_context)
     eos = getattr(model.generation_config, "eos_token_id", None)
     eos = config.eos_token_id if eos is None else eos
     return LoadedModel(
@@ -100,9 +103,10 @@ def wrap_model(model: PreTrainedModel, tokenizer: Any, *, name: str, fingerprint
         tokenizer=tokenizer,
         layout=layout,
         fingerprint=fingerprint,
-        max_context=int(config.max_position_embeddings),
+        max_context=max_context,
         eos_token_ids=() if eos is None else tuple(eos) if isinstance(eos, list | tuple) else (int(eos),),
         vocab_size=int(config.vocab_size),
+        rotation=rotation,
     )
 
 
@@ -138,49 +142,69 @@ def refuse_kernels_distribution() -> None:
     )
 
 
-def _check_config(config: Any) -> None:
-    if getattr(config, "kv_lora_rank", None):
-        raise ModelRefused("multi-head latent attention (kv_lora_rank) is not supported yet")
+def check_config(config: Any) -> None:
+    if config.get_text_config() is not config:
+        raise ModelRefused(
+            f"{config.model_type}: a model of several parts (text beside images or sound): serve its text model alone"
+        )
     if not getattr(config, "max_position_embeddings", None):
         raise ModelRefused("the config has no max_position_embeddings, so the context length is unknown")
-    rope = getattr(config, "rope_parameters", None)
-    if not rope:
+    ropes = _ropes(config)
+    if not ropes:
         raise ModelRefused(f"{config.model_type}: only models with rotary position embeddings are supported")
-    if any(isinstance(value, dict) for value in rope.values()):
-        raise ModelRefused(f"{config.model_type}: different RoPE per layer type is not supported yet")
-    rope_type = rope.get("rope_type", "default")
-    if rope_type not in ROPE_TYPES:
-        raise ModelRefused(
-            f"RoPE type {rope_type!r} is not supported (its frequencies may depend on the other requests of a batch): "
-            f"use a model with one of {', '.join(ROPE_TYPES)}"
-        )
+    for rope in ropes:
+        rope_type = rope.get("rope_type", "default")
+        if rope_type not in ROPE_TYPES + CAPPED_ROPE_TYPES:
+            raise ModelRefused(
+                f"RoPE type {rope_type!r} is not known here (its frequencies may depend on the other requests of a "
+                f"batch): use a model with one of {', '.join(ROPE_TYPES + CAPPED_ROPE_TYPES)}"
+            )
 
 
-def _rotary(model: PreTrainedModel) -> nn.Module:
-    for name, module in model.named_modules():
-        if name.rpartition(".")[2] == "rotary_emb":
-            return module
-    raise ModelRefused(f"{type(model).__name__} has no rotary_emb module")
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    """The config's RoPE parameters: one set, or one for each layer type (None where a type has no RoPE)."""
+    rope = getattr(config, "rope_parameters", None) or {}
+    nested = [value for value in rope.values() if isinstance(value, dict)]
+    return nested or ([rope] if rope else [])
 
 
-class _LayoutProbe:
-    """Stands in for a `PagedBatch` and notes the shapes that each layer hands to the attention."""
+def max_context_of(config: Any) -> int:
+    """The config's, or what it was before scaling where the frequencies switch there."""
+    longest = int(config.max_position_embeddings)
+    for rope in _ropes(config):
+        if rope.get("rope_type") in CAPPED_ROPE_TYPES:
+            longest = min(longest, int(rope.get("original_max_position_embeddings") or longest))
+    return longest
+
+
+class _Probe:
+    """Stands in for a `PagedBatch`: notes what each layer hands to the attention, and silences it, so that the hidden
+    states of a token depend on nothing but the token."""
 
     def __init__(self) -> None:
+        self.keys: dict[int, Tensor] = {}
         self.shapes: dict[int, tuple[int, int, int]] = {}
+        self.windows: dict[int, int | None] = {}
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, mask: object) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, rule: AttentionRule) -> Tensor:
         assert layer not in self.shapes, f"layer {layer} attends twice"
+        self.keys[layer] = k[0].transpose(0, 1)
         self.shapes[layer] = (k.shape[1], k.shape[3], v.shape[3])
+        self.windows[layer] = rule.window
         return torch.zeros(1, q.shape[2], q.shape[1], v.shape[3], dtype=q.dtype, device=q.device)
 
 
-def _probe_layout(model: PreTrainedModel) -> KVLayout:
-    probe = _LayoutProbe()
-    ids = torch.zeros(1, 1, dtype=torch.int64, device=model.device)
+def probe_layout(model: PreTrainedModel, positions: list[int] | None = None) -> tuple[KVLayout, list[Tensor]]:
+    """The layout that a model with our attention hands out, and each layer's keys [2, P, H, D] of two tokens at the
+    positions. Works on the meta device, too. Raises `ModelRefused`."""
+    positions = positions or [0]
+    probe = _Probe()
+    tokens = [model.config.vocab_size // 2, model.config.vocab_size // 3]
+    ids = torch.tensor([[token for token in tokens for _ in positions]], device=model.device)
+    at = torch.tensor([positions * len(tokens)], device=model.device)
     try:
         with torch.inference_mode():
-            model(ids, position_ids=ids, use_cache=False, kv=probe)
+            model(ids, position_ids=at, use_cache=False, logits_to_keep=1, kv=probe)
     except AttentionUnsupported as error:
         raise ModelRefused(f"{type(model).__name__}: {error}") from error
     except (AssertionError, TypeError) as error:
@@ -192,29 +216,25 @@ def _probe_layout(model: PreTrainedModel) -> KVLayout:
         raise ModelRefused(
             f"{type(model).__name__}: {len(probe.shapes)} of {num_layers} layers use the attention interface"
         )
-    if len(set(probe.shapes.values())) != 1:
-        raise ModelRefused(f"{type(model).__name__}: layers of different KV shapes are not supported yet")
-    heads, head_dim_k, head_dim_v = probe.shapes[0]
-    return KVLayout(
+    shapes = sorted(set(probe.shapes.values()))
+    if len(shapes) != 1:
+        raise ModelRefused(
+            f"{type(model).__name__}: layers of different KV shapes are not supported yet; its (heads, key dims, value "
+            f"dims) are {', '.join(map(str, shapes))}"
+        )
+    heads, head_dim_k, head_dim_v = shapes[0]
+    layout = KVLayout(
         num_layers=num_layers,
         num_kv_heads=heads,
         head_dim_k=head_dim_k,
         head_dim_v=head_dim_v,
         dtype=str(model.dtype).removeprefix("torch."),
+        windows=tuple(probe.windows[layer] for layer in range(num_layers)),
     )
+    return layout, [probe.keys[layer].unflatten(0, (len(tokens), -1)) for layer in range(num_layers)]
 
 
-def _check_rotation(model: PreTrainedModel, layout: KVLayout) -> None:
-    """The codec undoes RoPE by the rotate-half convention over the whole head; refuse families that differ."""
-    rotate = getattr(sys.modules[type(model).__module__], "apply_rotary_pos_emb", None)
-    if rotate is None:
-        raise ModelRefused(f"{type(model).__name__}: its rotary embedding is of a kind not known here")
-    positions = torch.arange(3, device=model.device)[None]
-    x = torch.linspace(-1, 1, 3 * layout.head_dim_k, device=model.device).view(1, 1, 3, layout.head_dim_k)
-    cos, sin = _rotary(model)(x, positions)
-    if cos.shape[-1] != layout.head_dim_k:
-        raise ModelRefused(f"{type(model).__name__}: partial rotary embeddings are not supported yet")
-    half = layout.head_dim_k // 2
-    expected = x * cos + torch.cat((-x[..., half:], x[..., :half]), dim=-1) * sin
-    if not torch.allclose(rotate(x, x, cos, sin)[1], expected, atol=1e-5):
-        raise ModelRefused(f"{type(model).__name__}: interleaved rotary embeddings are not supported yet")
+def _probe(model: PreTrainedModel, max_context: int) -> tuple[KVLayout, KeyRotation]:
+    positions = probe_positions(max_context)
+    layout, keys = probe_layout(model, positions)
+    return layout, find_rotation(model, keys, positions, layout.windows)

@@ -1,16 +1,19 @@
 """The body of an open: which prompt's KV a receiver wants. Read strictly; pure.
 
-{token_ids: [int], chunk_tokens: int, cache_salt: str, stored_only: bool}
+{token_ids: [int], chunk_tokens: int, cache_salt: str, stored_only: bool, max_kl: float,
+ holders: [{endpoint: str, public_key: str | null}]}
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from prefill.chunks import chunk_keys
+from prefill.chunks import chunk_keys, tenant_of
 
+MAX_HOLDERS = 4
 MIN_CHUNK_TOKENS, MAX_CHUNK_TOKENS = 16, 4096
 
 
@@ -19,13 +22,27 @@ class BadOpen(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Holder:
+    """Another worker that serves KV."""
+
+    endpoint: str
+    public_key: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class OpenRequest:
-    """keys: of the loadable chunks. stored_only: what is not stored here is not computed either."""
+    """keys: of the loadable chunks. stored_only: what is not stored here is not computed either. max_kl: what is stored
+    with a worse promise, nats a token, does not count; 0: exact KV only. tenant: who pays for what is kept. holders:
+    who may have chunks that this worker has not."""
 
     token_ids: list[int]
     chunk_tokens: int
     keys: list[bytes]
     stored_only: bool = False
+    max_kl: float = 0.0
+    cache_salt: str = ""
+    tenant: str = ""
+    holders: tuple[Holder, ...] = ()
 
     def span(self, chunk: int) -> tuple[int, int]:
         """The chunk's tokens: first, one past the last."""
@@ -51,5 +68,32 @@ def read_open(
         raise BadOpen("cache_salt must be a string")
     if type(stored_only) is not bool:
         raise BadOpen(f"stored_only must be true or false, not {stored_only!r}")
+    max_kl = body.get("max_kl", 0.0)
+    if type(max_kl) not in (int, float) or not 0 <= max_kl < math.inf:
+        raise BadOpen(f"max_kl must be a number from 0 on, not {max_kl!r}")
     keys = chunk_keys(tokens, chunk_tokens, fingerprint=fingerprint, cache_salt=salt)
-    return OpenRequest(token_ids=tokens, chunk_tokens=chunk_tokens, keys=keys, stored_only=stored_only)
+    return OpenRequest(
+        token_ids=tokens,
+        chunk_tokens=chunk_tokens,
+        keys=keys,
+        stored_only=stored_only,
+        max_kl=float(max_kl),
+        cache_salt=salt,
+        tenant=tenant_of(salt),
+        holders=_read_holders(body.get("holders", [])),
+    )
+
+
+def _read_holders(found: Any) -> tuple[Holder, ...]:
+    if not isinstance(found, list) or len(found) > MAX_HOLDERS:
+        raise BadOpen(f"holders must be a list of at most {MAX_HOLDERS} workers")
+    holders = []
+    for item in found:
+        endpoint = item.get("endpoint") if isinstance(item, dict) else None
+        public_key = item.get("public_key") if isinstance(item, dict) else None
+        if not isinstance(endpoint, str) or not endpoint.startswith("tcp://"):
+            raise BadOpen("each of holders must have an endpoint, tcp://HOST:PORT")
+        if public_key is not None and not isinstance(public_key, str):
+            raise BadOpen("public_key of holders must be a string or null")
+        holders.append(Holder(endpoint=endpoint, public_key=public_key))
+    return tuple(holders)

@@ -11,9 +11,9 @@ The block's tag is the worse of the two. Blocks that hold nothing have none: to 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
-from prefill.block_allocator import BlockAllocator
+from prefill.block_pool import BlockPool
 
 EXACT = 0.0
 UNKNOWN = float("inf")
@@ -55,6 +55,10 @@ class PageQuality:
             self._own.pop(block, None)
             self._inherited.pop(block, None)
 
+    def forget_unless(self, is_used: Callable[[int], bool]) -> None:
+        """`released`, for all blocks that are not in use."""
+        self.released([block for block in self._own if not is_used(block)])
+
     def worst(self, blocks: Iterable[int]) -> float:
         """The worst tag of these blocks; exact if there are none."""
         return max((self._tag(block) for block in blocks), default=EXACT)
@@ -72,9 +76,9 @@ class PageQuality:
         assert block in self._own, f"block {block} holds nothing"
         return max(self._own[block], self._inherited[block])
 
-    def check_integrity(self, allocator: BlockAllocator) -> None:
+    def check_integrity(self, pool: BlockPool) -> None:
         """Every tag is a quality, and of a block that is in use."""
         assert self._own.keys() == self._inherited.keys()
         for block in self._own:
             assert self._own[block] >= 0 and self._inherited[block] >= 0, f"block {block} has no quality"
-            assert allocator.is_used(block), f"block {block} was freed and still has a tag"
+            assert pool.is_used(block), f"block {block} was freed and still has a tag"

@@ -2,24 +2,35 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
+from codec.chunk import inspect_blob
+from codec.errors import CodecError, MalformedBlob
 from prefill.engine import SequenceSlice
 from prefill.open_request import OpenRequest
 from prefill.runtime import ModelRuntime
 from prefill.store import MASTER_LEVEL, ChunkStore
 
+log = logging.getLogger("kvstream.prefill")
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FreshChunk:
-    """A computed chunk as plain tensors, k and v [L, T, H, D]; start: its first token's position."""
+    """A computed chunk as plain tensors, k and v [L, T, H, D]. start: its first token's position. kl: the worst promise
+    of the KV that it was computed on, nats a token. tenant: who pays for it. parent: the key of the chunk before it.
+    is_fetched: it was computed elsewhere."""
 
     k: Tensor
     v: Tensor
     start: int
+    kl: float = 0.0
+    tenant: str = ""
+    parent: bytes | None = None
+    is_fetched: bool = False
 
 
 def compute_chunks(
@@ -29,8 +40,10 @@ def compute_chunks(
     runtime: ModelRuntime,
     store: ChunkStore,
     fresh_of: Callable[[bytes], FreshChunk | None],
+    peer: Callable[[int], bytes | None] = lambda chunk: None,
 ) -> Iterator[tuple[bytes, FreshChunk | None]]:
-    """Fills the pages; each chunk's key as it is done, with what was computed, or None if it had been before.
+    """Fills the pages; each chunk's key as it is done, with what was computed, or None if it had been before. peer: a
+    chunk's lossless blob from elsewhere, if it can be had.
 
     One chunk's work is done each time the next is asked for, so the caller may pause or stop in between.
     """
@@ -38,16 +51,38 @@ def compute_chunks(
         start, stop = request.span(chunk)
         # The fresh ones are looked at first: a chunk leaves them only when its master is in the store.
         fresh, master = fresh_of(key), None
-        if fresh is None:
+        parent = request.keys[chunk - 1] if chunk else None
+        if fresh is not None and fresh.kl:
+            fresh = None  # computed on lossy KV: what is computed here is exact
+        elif fresh is None and store.kl(key) == 0:
             master = store.get(key, MASTER_LEVEL)
         if fresh is not None:
             runtime.pool.write(block_table, start, fresh.k, fresh.v)
         elif master is not None:
             runtime.decode_into_pages(master, block_table, start=start, stop=stop)
+        elif _from_peer(peer(chunk), block_table, start, stop, runtime):
+            k, v = runtime.pool.read(block_table, start, stop)
+            yield key, FreshChunk(k=k, v=v, start=start, tenant=request.tenant, parent=parent, is_fetched=True)
+            continue
         else:
             tokens = request.token_ids[start:stop]
             runtime.engine.forward([SequenceSlice(token_ids=tokens, start=start, block_table=block_table)])
             k, v = runtime.pool.read(block_table, start, stop)
-            yield key, FreshChunk(k=k, v=v, start=start)
+            yield key, FreshChunk(k=k, v=v, start=start, tenant=request.tenant, parent=parent)
             continue
         yield key, None
+
+
+def _from_peer(blob: bytes | None, block_table: list[int], start: int, stop: int, runtime: ModelRuntime) -> bool:
+    """Decode what a peer sent. A bad blob is computed instead."""
+    if blob is None:
+        return False
+    try:
+        info = inspect_blob(blob)
+        if (info.level, info.num_tokens) != (MASTER_LEVEL, stop - start):
+            raise MalformedBlob(f"expected {stop - start} tokens, lossless; found {info.num_tokens} at {info.level!r}")
+        runtime.decode_into_pages(blob, block_table, start=start, stop=stop)
+    except CodecError as error:
+        log.warning("KV of a peer is of no use: %s", error)
+        return False
+    return True

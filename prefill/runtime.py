@@ -12,12 +12,17 @@ import torch
 from torch import Tensor
 
 from codec.chunk import decode_chunk, encode_chunk, warmup
+from codec.levels import LevelKind
 from codec.profile import Profile, default_profile, load_profile
 from codec.rope import RopeTable
-from prefill.block_allocator import BlockAllocator, blocks_for
+from prefill.block_pool import BlockPool, blocks_for
 from prefill.engine import Engine, SequenceSlice
 from prefill.kv_pool import KVPool
+from prefill.machine_memory import available_bytes
+from prefill.memory_plan import check_fits
 from prefill.model import LoadedModel, load_model
+from prefill.model_size import read_model_size
+from prefill.store import ChunkStore, DiskOptions
 from transport.messages import Greeting
 
 log = logging.getLogger("kvstream.runtime")
@@ -25,6 +30,7 @@ log = logging.getLogger("kvstream.runtime")
 BLOCK_TOKENS = 16
 PROFILE_FILE = "profile.kvp"
 MAX_ROPE_TABLES = 1024
+RUNTIME_BYTES = 256 << 20  # what a worker takes besides weights, pages and activations, roughly
 
 
 @dataclass(slots=True, kw_only=True)
@@ -34,7 +40,7 @@ class ModelRuntime:
     model: LoadedModel
     profile: Profile
     pool: KVPool
-    allocator: BlockAllocator
+    allocator: BlockPool
     engine: Engine
     _rope_tables: dict[tuple[int, int], RopeTable] = field(default_factory=dict)
 
@@ -49,6 +55,30 @@ class ModelRuntime:
             codec_profile=self.profile.id,
         )
 
+    def open_store(
+        self,
+        ram_bytes: int,
+        *,
+        chunk_tokens: int,
+        path: str | Path | None = None,
+        disk_bytes: int = 0,
+        ttl_s: float | None = None,
+    ) -> ChunkStore:
+        """A chunk store for KV of this model; on disk too if a directory is given, which is then its own. Raises
+        prefill.disk_store.StoreError."""
+        disk = None
+        if path is not None:
+            quantized = [level for level in self.profile.levels if level.kind is LevelKind.QUANTIZED]
+            finest = max(quantized, key=lambda level: level.stages, default=None)
+            greeting = self.greeting()
+            disk = DiskOptions(
+                path=Path(path),
+                capacity_bytes=disk_bytes,
+                namespace=f"{greeting.model_fingerprint} {greeting.kv_layout} {greeting.codec_profile} {chunk_tokens}",
+                levels=frozenset() if finest is None else frozenset({finest.name}),
+            )
+        return ChunkStore(ram_bytes, disk=disk, ttl_s=ttl_s)
+
     def encode(self, k: Tensor, v: Tensor, *, start: int, level: str) -> bytes:
         """Encode k, v [L, T, H, D] of the tokens from position `start` on. Raises codec.errors.CodecError."""
         return encode_chunk(k, v, level=level, profile=self.profile, rope=self.rope(start, start + k.shape[1]))
@@ -57,16 +87,21 @@ class ModelRuntime:
         """Decode the chunk at positions [start, stop). Raises codec.errors.BlobError."""
         return decode_chunk(blob, profile=self.profile, rope=self.rope(start, stop))
 
-    def decode_into_pages(self, blob: bytes | memoryview, block_table: Sequence[int], *, start: int, stop: int) -> None:
-        """Decode straight into the pages where these are neighbours in memory, else through a copy.
+    def decode_into_pages(
+        self, blob: bytes | memoryview, block_table: Sequence[int], *, start: int, stop: int, keep: int = 0
+    ) -> None:
+        """Decode straight into the pages where these are neighbours in memory, else through a copy. Pages of tokens
+        before `keep` are left as they are.
 
         Raises codec.errors.BlobError; the pages then hold garbage, which whoever fills the chunk next overwrites.
         """
-        pages = self.pool.view(block_table, start, stop)
+        pages = self.pool.view(block_table, start, stop) if keep <= start else None
         if pages is not None:
             decode_chunk(blob, profile=self.profile, rope=self.rope(start, stop), out=pages)
         else:
-            self.pool.write(block_table, start, *self.decode(blob, start=start, stop=stop))
+            k, v = self.decode(blob, start=start, stop=stop)
+            kept = max(0, keep - start)
+            self.pool.write(block_table, start + kept, k[:, kept:], v[:, kept:])
 
     def rope(self, start: int, stop: int) -> RopeTable:
         """The rotation of positions [start, stop), kept once made: chunks start at few positions."""
@@ -88,7 +123,7 @@ class ModelRuntime:
                 times.append(time.perf_counter() - begin)
             return min(times)
         finally:
-            self.allocator.free(table)
+            self.allocator.release(table)
 
 
 def load_runtime(
@@ -99,22 +134,24 @@ def load_runtime(
     kv_memory_bytes: int | None = None,
     threads: int = 1,
 ) -> ModelRuntime:
-    """Load the model folder and everything around it. Raises prefill.model.ModelRefused.
+    """Load the model folder and everything around it. Raises prefill.model.ModelRefused, before anything is loaded if
+    weights and pages do not fit the memory that is left now.
 
     The pool holds `num_blocks` blocks, or as many as `kv_memory_bytes` hold; by default eight full contexts.
     """
     torch.set_num_threads(threads)
-    model = load_model(path, dtype=dtype)
+    size = read_model_size(path, dtype=dtype)
     if num_blocks is None:
-        full_context = blocks_for(model.max_context, BLOCK_TOKENS)
-        by_memory = (kv_memory_bytes or 0) // (BLOCK_TOKENS * model.layout.bytes_per_token)
-        num_blocks = by_memory or 8 * full_context
+        by_memory = (kv_memory_bytes or 0) // (BLOCK_TOKENS * size.layout.bytes_per_token)
+        num_blocks = by_memory or 8 * blocks_for(size.max_context, BLOCK_TOKENS)
+    check_fits(size, memory_bytes=available_bytes(), num_blocks=num_blocks, runtime_bytes=RUNTIME_BYTES)
+    model = load_model(path, dtype=dtype)
     pool = KVPool(model.layout, num_blocks, BLOCK_TOKENS)
     runtime = ModelRuntime(
         model=model,
         profile=_profile_of(Path(path), model),
         pool=pool,
-        allocator=BlockAllocator(num_blocks),
+        allocator=BlockPool(num_blocks),
         engine=Engine(model, pool),
     )
     warmup(runtime.profile)

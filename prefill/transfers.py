@@ -85,9 +85,16 @@ class Transfers:
     def num_prefills(self) -> int:
         return len(self._prefills)
 
-    def want_computed(self, transfer: Transfer, chunk: int, ask: Ask) -> str | None:
+    @property
+    def num_prefill_tokens(self) -> int:
+        """Of the prompts that wait to be computed."""
+        return sum(len(transfer.request.keys) * transfer.request.chunk_tokens for transfer in self._prefills)
+
+    def want_computed(self, transfer: Transfer, chunk: int, ask: Ask, *, computes: bool = True) -> str | None:
         """Let a chunk that is not here wait until it is computed. If it will not be: why."""
         transfer.drop(chunk)
+        if not computes:
+            return "the chunk is not stored here, and this worker computes nothing for others"
         if transfer.request.stored_only:
             return "the chunk is not stored here, and this transfer is for stored chunks only"
         if split_level(ask.level)[0] is not None:

@@ -30,7 +30,8 @@ from transformers import AutoTokenizer
 
 from cluster.config import BUNDLED_MODEL
 from cluster.cost_model import CostModel
-from cluster.routing import WorkerInfo, owners
+from cluster.membership import WorkerInfo
+from cluster.routing import owners
 from decode.requests import GenerationRequest, SamplingParams
 from scripts.model_data import encode, recall_document
 from scripts.quiet import Meter

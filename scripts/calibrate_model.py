@@ -18,6 +18,7 @@ import torch
 import transformers
 
 from codec.calibrate import calibrate
+from prefill.errors import ModelRefused
 from prefill.model import LoadedModel, load_model
 from scripts import model_data
 from scripts.calibration_documents import make_documents, read_text, split_tokens
@@ -40,6 +41,22 @@ NUM_FACTS = 12
 
 def _quiet(what: str, share: float) -> None:
     del what, share
+
+
+def check_can_be_calibrated(model: LoadedModel) -> None:
+    """Calibration takes KV from transformers' own cache. Raises `ModelRefused` where that holds something else than
+    what attention reads."""
+    config = model.model.config
+    reason = None
+    if model.layout.has_windows:
+        reason = "keeps only the windows of its sliding layers"
+    elif getattr(config, "kv_lora_rank", None):
+        reason = "holds its latents"
+    if reason is not None:
+        raise ModelRefused(
+            f"{type(model.model).__name__} cannot be calibrated yet: transformers' cache {reason}. "
+            "It is served with the levels of an uncalibrated model"
+        )
 
 
 def _losses(
@@ -81,6 +98,7 @@ def calibrate_model(
     if not text_path.exists():
         raise FileNotFoundError(f"no calibration text at {text_path}; give a file or a folder of .txt with --text")
     loaded = load_model(model_path)
+    check_can_be_calibrated(loaded)
     learn, judge = _losses(loaded, model_path, text_path, seed, progress)
     fisher = learn.fisher(seed=seed, progress=lambda share: progress("fisher", 0.16 + 0.14 * share))
     provenance = {

@@ -27,6 +27,7 @@ from scripts.calibration_documents import Document
 NEAR_TOKENS = 64  # of the context: what is left when the far context is dropped
 DEPENDS_NATS = 0.1
 KINDS = {"recall": "answers", "text": "text"}
+Tables = tuple[Any, ...]  # what RopeTable takes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,7 +81,7 @@ class ModelLoss:
         self,
         model: Any,
         reference_model: Any,
-        rope_tables: Callable[[int, int], KV],
+        rope_tables: Callable[[int, int], Tables],
         documents: Sequence[Document],
     ):
         self._model = reference_model.requires_grad_(False)
@@ -102,7 +103,7 @@ class ModelLoss:
                 }
         return out
 
-    def _prepare(self, model: Any, rope_tables: Callable[[int, int], KV], document: Document) -> _Prepared:
+    def _prepare(self, model: Any, rope_tables: Callable[[int, int], Tables], document: Document) -> _Prepared:
         length = len(document.context)
         with torch.inference_mode():
             cache = model(
@@ -110,8 +111,7 @@ class ModelLoss:
             ).past_key_values
             k = torch.stack([layer.keys[0].transpose(0, 1) for layer in cache.layers]).to("cpu", torch.bfloat16)
             v = torch.stack([layer.values[0].transpose(0, 1) for layer in cache.layers]).to("cpu", torch.bfloat16)
-        cos, sin = rope_tables(0, length)
-        sample = Sample(k=k.contiguous(), v=v.contiguous(), rope=RopeTable(cos, sin))
+        sample = Sample(k=k.contiguous(), v=v.contiguous(), rope=RopeTable(*rope_tables(0, length)))
         prepared = _pack(document, sample)
         with torch.inference_mode():
             reference = self._continue(prepared, (k, v))
@@ -249,4 +249,6 @@ def _turn_back(gradient: Tensor, rope: RopeTable | None) -> Tensor:
     cos, sin = (torch.from_numpy(np.ascontiguousarray(x))[:, None].to(gradient) for x in rope.forward())
     half = cos.shape[-1]
     a, b = gradient[..., :half], gradient[..., half : 2 * half]
-    return torch.cat([a * cos + b * sin, b * cos - a * sin, gradient[..., 2 * half :]], dim=-1)
+    turned = torch.cat([a * cos + b * sin, b * cos - a * sin, gradient[..., 2 * half :]], dim=-1)
+    layers = torch.from_numpy(rope.turned(0, len(gradient)))[:, None, None, None].to(gradient.device)
+    return torch.where(layers, turned, gradient)

@@ -22,6 +22,7 @@ from rich.console import Console
 
 from scripts.cli_errors import clean_errors, err, fail
 from scripts.explain_command import explain
+from scripts.plan_command import plan
 from scripts.simulate_command import simulate
 
 app = typer.Typer(
@@ -287,6 +288,7 @@ def calibrate(
 
 app.command()(explain)
 app.command()(simulate)
+app.command()(plan)
 
 
 @app.command()

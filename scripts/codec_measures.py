@@ -38,7 +38,7 @@ def chunks_of(sample: Sample, chunk_tokens: int) -> Iterator[Sample]:
         rows = slice(start, start + chunk_tokens)
         rope = sample.rope
         if rope is not None:
-            rope = RopeTable(rope.cos[rows], rope.sin[rows])
+            rope = rope.part(rows.start, rows.stop)
         yield Sample(k=sample.k[:, rows], v=sample.v[:, rows], rope=rope)
 
 

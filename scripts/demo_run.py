@@ -218,6 +218,7 @@ def run_demo(json_path: Path | None, report_dir: Path, repeats: int = 1) -> int:
                 port=0,
                 link=Links(prefill=(WorkerLink(bind=f"127.0.0.1:{kv_port}", advertise=advertise),)),
                 policy=SLOPolicy(ttft_s=0.5, floor=FLOOR),
+                prefix_caching=False,  # what is asked again is to cross the link again
             )
             with running_cluster(config) as cluster:
                 started_s = time.perf_counter() - begin

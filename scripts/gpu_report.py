@@ -4,7 +4,8 @@ In this order: every kernel's results against the CPU codec's (bytes equal; valu
 where a matrix is); then speeds by level with 1 and 16 chunks in flight on an 8B-shaped layout (32 layers, 8 KV heads of
 128, 256 tokens a chunk); then the bundled model's whole way on one GPU: prefill, encode, decode into other pages,
 answer.
-Writes docs/benchmarks/gpu-<name>.md and .json. Exit codes: 0 all checks passed, 1 one failed, 2 no GPU here.
+Writes docs/benchmarks/gpu-<name>.md and .json. Then the engine (scripts/gpu_engine_report.py), into files of its own.
+Exit codes: 0 all checks passed, 1 one failed, 2 no GPU here.
 
 Speeds are of bf16 bytes, the median of CUDA events around replays of a captured graph, rotating over several inputs, on
 words and tensors that are on the device already: kernels alone. "whole" is a call with everything the host does:
@@ -484,6 +485,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--repeats", type=int, default=50)
     parser.add_argument("--tiny", action="store_true", help="small cases, for the simulators")
     parser.add_argument("--skip-speeds", action="store_true")
+    parser.add_argument("--skip-engine", action="store_true", help="the codec only")
+    parser.add_argument("--engine-seconds", type=float, default=450.0, help="the most that the engine's part may take")
     args = parser.parse_args(argv)
     if not gpu.is_available():
         print("no CUDA device here that numba-cuda can use: nothing was checked or measured", file=sys.stderr)
@@ -510,6 +513,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     failed = [c["name"] for c in report.checks if not c["passed"]]
     print(f"{len(report.checks)} checks, {len(failed)} failed{': ' if failed else ''}{', '.join(failed)}")
     print({key: f"{low} to {high}, wanted {BARS[key]}" for key, (low, high) in bars(report.speeds).items()})
+    if device.type == "cuda" and not tiny and not args.skip_engine:
+        from scripts.gpu_engine_report import measure_all
+
+        failed += measure_all(args.out, args.name, args.engine_seconds).failed
     return 1 if failed else 0
 
 

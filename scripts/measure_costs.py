@@ -27,9 +27,10 @@ from cluster.config import BUNDLED_MODEL
 from cluster.cost_model import CostModel
 from codec.levels import LevelKind
 from decode.requests import SamplingParams
-from decode.sampling import sample
+from decode.sampling import sample_batch
+from decode.sampling_state import SamplingState
 from decode.startup import exact_levels, nested_levels, promised_kl
-from prefill.block_allocator import blocks_for
+from prefill.block_pool import blocks_for
 from prefill.chunk_levels import ChunkLevels
 from prefill.engine import SequenceSlice
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime, limit_threads, load_runtime
@@ -81,7 +82,7 @@ def chunks_of(runtime: ModelRuntime, prompt: Sequence[int]) -> list[Chunk]:
         runtime.engine.forward([SequenceSlice(token_ids=ids, start=start, block_table=table)])
         k, v = runtime.pool.read(table, start, start + CHUNK_TOKENS)
         found.append((start, k.clone(), v.clone()))
-    runtime.allocator.free(table)
+    runtime.allocator.release(table)
     return found
 
 
@@ -141,7 +142,7 @@ class Codec:
                 repeats,
             )
         found["refine_s"][""] += share * best_s(lambda: runtime.pool.write(table, start, k, v), repeats)
-        runtime.allocator.free(table)
+        runtime.allocator.release(table)
 
     def _check(self, level: str, blob: bytes, start: int, k: Tensor, v: Tensor) -> None:
         """The exact levels give back every bit; the others the same as an encoding of their own."""
@@ -167,8 +168,8 @@ def measure_compute(runtime: ModelRuntime, repeats: int) -> dict[str, float]:
         def action() -> None:
             ids = [start + token for token in range(tokens)]
             rows = [SequenceSlice(token_ids=ids, start=start, block_table=table, need_logits=sampled)]
-            for logits in runtime.engine.forward(rows):
-                sample(logits, GREEDY, 0, random.Random())
+            logits = runtime.engine.forward(rows)
+            sample_batch(logits, [SamplingState(GREEDY) for _ in logits])
 
         return best_s(action, repeats)
 
@@ -190,7 +191,7 @@ def measure_compute(runtime: ModelRuntime, repeats: int) -> dict[str, float]:
     slice_s, slice_position_s = _least_squares(rows, rest, of=shorter)
     found = [r[0] * slice_s + r[1] * slice_position_s - at for r, at in zip(rows, rest)]
     sample_s = min(time_slice(64, start, sampled=True) - time_slice(64, start) for start in (0, 256, 512))
-    runtime.allocator.free(table)
+    runtime.allocator.release(table)
     return {
         "sample_s": max(sample_s, 0.0),
         "token_s": token_s,
@@ -217,12 +218,12 @@ def measure_steps(runtime: ModelRuntime, repeats: int) -> dict[str, float]:
         ]
 
         def step(rows: list[SequenceSlice] = slices) -> None:
-            for logits in runtime.engine.forward(rows):
-                sample(logits, GREEDY, 0, random.Random())
+            logits = runtime.engine.forward(rows)
+            sample_batch(logits, [SamplingState(GREEDY) for _ in logits])
 
         times.append(best_s(step, repeats))
     for table in tables:
-        runtime.allocator.free(table)
+        runtime.allocator.release(table)
     step_s, row_s = _least_squares([[1.0, num] for num in ROWS], times)
     return {"step_s": step_s, "row_s": row_s}
 

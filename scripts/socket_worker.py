@@ -18,6 +18,7 @@ import threading
 from decode.slo import SLOPolicy
 from decode.worker import DecodeWorker
 from prefill.runtime import load_runtime
+from prefill.store import ChunkStore
 from prefill.worker import PrefillWorker
 from transport.curve import CurveKeys
 
@@ -33,14 +34,21 @@ def main() -> int:
         worker = PrefillWorker(
             runtime,
             bind=orders["bind"],
-            store_bytes=orders["store_bytes"],
+            store=ChunkStore(orders["store_bytes"]),
             worker_id=orders["worker_id"],
             curve=curve,
         )
         endpoint = worker.endpoint
     else:
         policy = SLOPolicy(**{**orders["policy"], "levels": tuple(orders["policy"]["levels"])})
-        worker = DecodeWorker(runtime, policy=policy, bind=orders["bind"], worker_id=orders["worker_id"], curve=curve)
+        worker = DecodeWorker(
+            runtime,
+            policy=policy,
+            bind=orders["bind"],
+            worker_id=orders["worker_id"],
+            curve=curve,
+            prefix_caching=False,  # every request is to cross the link
+        )
         endpoint = worker.endpoint
     print(json.dumps({"endpoint": endpoint, "pid": os.getpid()}), flush=True)
     sys.stdin.read()

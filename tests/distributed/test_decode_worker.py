@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from pair import Pair, make_runtime, running_pair
 
-import decode.engine_loop
 import decode.fill_sources
+import decode.sampling
 from codec.errors import ChecksumMismatch
 from decode.puller import KVPuller
 from decode.requests import RequestRefused
@@ -98,10 +98,9 @@ def test_cancel_in_every_phase_leaves_nothing_behind(pair: Pair, phase: str, mon
     blocker = None
     match phase:
         case "waiting":
-            # One request holds all pages while the next one waits for them.
-            options["max_tokens"] = 1500
+            # One request holds nearly all pages while the next one waits for them.
             blocker = threading.Thread(
-                target=submit, args=(pair, pair.body(prompt(100, 1), max_tokens=1500), reached.is_set)
+                target=submit, args=(pair, pair.body(prompt(1900, 1), max_tokens=100), reached.is_set)
             )
             blocker.start()
             until(lambda: pair.decode.stats()["decode_generated_tokens_total"] and pair.decode._scheduler.all())
@@ -120,7 +119,7 @@ def test_cancel_in_every_phase_leaves_nothing_behind(pair: Pair, phase: str, mon
 
     def at_phase() -> bool:
         if phase == "waiting":
-            return bool(pair.decode._waiting)
+            return bool(pair.decode._scheduler.waiting())
         if phase == "running":
             return pair.decode.stats()["decode_generated_tokens_total"] > before + 3
         return reached.is_set()
@@ -128,30 +127,27 @@ def test_cancel_in_every_phase_leaves_nothing_behind(pair: Pair, phase: str, mon
     body = pair.body(prompt(6 * CHUNK + 5, seed=sum(map(ord, phase))), **options)
     events = submit(pair, body, at_phase)
     assert not any("finished" in event or "failed" in event for event in events)
-    until(lambda: not pair.decode._waiting)
+    until(lambda: not pair.decode._scheduler.waiting())
     reached.set()
     gate.set()
     if blocker is not None:
         blocker.join(LATEST_S)
 
 
-def test_what_waits_behind_a_cancelled_request_is_admitted(pair: Pair) -> None:
-    """A large request waits first in line; when it leaves, the small one behind it need not wait for the running."""
+def test_a_small_request_need_not_wait_behind_a_large_one_without_room(pair: Pair) -> None:
 
     async def scene() -> list[dict[str, Any]]:
         client = StreamClient(pair.decode.endpoint)
         try:
-            running = client.submit(pair.body(prompt(64, 2), max_tokens=1000, kv_mode="text"))
+            running = client.submit(pair.body(prompt(700, 2), max_tokens=1000, kv_mode="text"))
             await anext(running)
             large = client.submit(pair.body(prompt(1500, 3), max_tokens=10, kv_mode="text"))
-            while not pair.decode._waiting:  # noqa: ASYNC110
+            while not pair.decode._scheduler.waiting():  # noqa: ASYNC110
                 await asyncio.sleep(0.002)
             small = client.submit(pair.body(prompt(20, 4), max_tokens=2, kv_mode="text"))
-            while len(pair.decode._waiting) < 2:  # noqa: ASYNC110
-                await asyncio.sleep(0.002)
-            await large.aclose()
             events = [event async for event in small]
-            assert not running._ended, "the running request was to be still there"
+            assert not running._ended and pair.decode._scheduler.waiting(), "both were to be still there"
+            await large.aclose()
             await running.aclose()
             return events
         finally:
@@ -181,14 +177,12 @@ def test_a_bug_in_one_row_ends_that_request_alone(pair: Pair, where: str, monkey
     """Rows before and after it in the same batch go on, and no page is counted twice or lost."""
     prompts = [prompt(20 + i, 10 + i) for i in range(3)]
     if where == "sample":
-        sample = decode.engine_loop.sample
 
-        def failing_sample(logits: Any, sampling: Any, *args: Any) -> int:
-            if sampling.seed == 13:
+        def failing_edit(row: Any, state: Any) -> None:
+            if state.params.seed == 13:
                 raise ValueError("unlucky")
-            return sample(logits, sampling, *args)
 
-        monkeypatch.setattr(decode.engine_loop, "sample", failing_sample)
+        monkeypatch.setattr(decode.sampling, "edit_logits", failing_edit)
     else:
         token_drawn = DecodeWorker.token_drawn
 
@@ -199,7 +193,7 @@ def test_a_bug_in_one_row_ends_that_request_alone(pair: Pair, where: str, monkey
 
         monkeypatch.setattr(DecodeWorker, "token_drawn", failing)
     bodies = [pair.body(p, max_tokens=12) for p in prompts]
-    bodies[1]["request"]["sampling"]["seed"] = 13
+    bodies[1]["request"]["sampling"] |= {"seed": 13, "presence_penalty": 0.5, "min_tokens": 1}
     first, bad, last = pair.ask_all(bodies)
     assert bad[1]["failed"]["status"] == 500
     assert first[0] == pair.reference(prompts[0], 12)

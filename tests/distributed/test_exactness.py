@@ -62,7 +62,7 @@ def test_pages_and_tokens_equal_the_engine_alone(pair: Pair, pages: dict, mode: 
         table = allocator.allocate(-(-(len(tokens) + 8) // 16))
         prefill(engine, tokens, table, chunk_tokens=300)
         k, v = pair.alone.pool.read(table, 0, (len(tokens) - 1) // 256 * 256)
-        allocator.free(table)
+        allocator.release(table)
         assert torch.equal(k.view(torch.int16), pages[len(tokens)][0].view(torch.int16))
         assert torch.equal(v.view(torch.int16), pages[len(tokens)][1].view(torch.int16))
         assert answer == pair.reference(tokens, 5)

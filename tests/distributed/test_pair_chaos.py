@@ -20,6 +20,7 @@ from pair import Pair, make_runtime, running_pair
 
 from decode.slo import SLOPolicy
 from prefill.runtime import ModelRuntime
+from prefill.store import ChunkStore
 from prefill.worker import PrefillWorker
 from transport.errors import StreamError
 from transport.shaper import Shaper
@@ -125,7 +126,7 @@ class Chaos:
         """The source ends in the middle of what it does; another one, at another address, takes its place."""
         self.old_sources.append(self.pair.prefill)
         self.pair.prefill.shutdown()
-        self.pair.prefill = PrefillWorker(make_runtime(num_blocks=64), store_bytes=600_000)
+        self.pair.prefill = PrefillWorker(make_runtime(num_blocks=64), store=ChunkStore(600_000))
         self.links.append(Shaper(self.pair.prefill.endpoint, rate_mbps=20))
 
     def close(self) -> None:
@@ -172,7 +173,7 @@ def test_random_operations_leave_nothing_behind(seed: int, monkeypatch: pytest.M
             chaos.close()
         pair.check()
         pair.prefill.check_integrity()
-        assert not pair.prefill._transfers and not pair.decode._requests and not pair.decode._ended
+        assert not pair.prefill._transfers and not pair.decode._requests and not pair.decode._holders._ended
         assert pair.decode.server.num_streams == 0
         assert pair.decode.is_alive and pair.prefill.is_alive
         judge(chaos, outcomes)

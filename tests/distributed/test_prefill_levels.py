@@ -116,7 +116,7 @@ def test_stored_only_computes_nothing_and_goes_on() -> None:
             event = receiver.next(transfer_id)
             assert isinstance(event, ChunkFailed) and "stored chunks only" in event.reason
         assert len(receiver.blobs(transfer_id, 0, level="q2")) == 1
-        worker.store._evict(transfer_of(worker, transfer_id).request.keys[1], MASTER_LEVEL)
+        worker.store.drop(transfer_of(worker, transfer_id).request.keys[1])
         receiver.client.request(transfer_id, 1, "q2")
         assert isinstance(receiver.next(transfer_id), ChunkFailed)
         assert len(receiver.blobs(transfer_id, 0, level=MASTER_LEVEL)) == 1

@@ -14,7 +14,7 @@ from prefill_receiver import CHUNK, LATEST_S, Receiver, prompt, serving, transfe
 from codec.errors import UnencodableTensor
 from prefill.engine import Engine
 from prefill.runtime import ModelRuntime
-from prefill.store import MASTER_LEVEL
+from prefill.store import MASTER_LEVEL, ChunkStore
 from prefill.worker import PrefillWorker
 from transport.errors import BindFailed
 from transport.events import BlobArrived, ChunkFailed, Opened, Refused, TransferLost
@@ -71,7 +71,7 @@ SMALL_STORE = 100_000  # two chunks of this model
 
 
 def test_a_chunk_that_was_evicted_is_computed_again() -> None:
-    with serving(store_bytes=SMALL_STORE) as receiver:
+    with serving(store=ChunkStore(SMALL_STORE)) as receiver:
         tokens = prompt(8 * CHUNK + 1, seed=4)
         transfer_id, _ = receiver.opened(tokens)
         first = receiver.blobs(transfer_id, 7)
@@ -82,7 +82,7 @@ def test_a_chunk_that_was_evicted_is_computed_again() -> None:
 
 
 def test_a_chunk_asked_for_after_the_computation_has_passed_and_lost_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(store_bytes=SMALL_STORE) as receiver:
+    with serving(store=ChunkStore(SMALL_STORE)) as receiver:
         worker, gate = receiver.worker, threading.Event()
         forward = Engine.forward
 
@@ -95,17 +95,18 @@ def test_a_chunk_asked_for_after_the_computation_has_passed_and_lost_it(monkeypa
         transfer_id, _ = receiver.opened(prompt(8 * CHUNK + 1, seed=5))
         receiver.client.request(transfer_id, 7, MASTER_LEVEL)
         wait_until(worker, lambda: not worker._fresh and worker._levels.num_encoded == 6)
-        receiver.client.request(transfer_id, 0, MASTER_LEVEL)
+        # A prompt too long for the store leaves its beginning there, so 4 is one that it has lost.
+        receiver.client.request(transfer_id, 4, MASTER_LEVEL)
         deadline = time.monotonic() + LATEST_S
-        while 0 not in transfer_of(worker, transfer_id).waiting and time.monotonic() < deadline:
+        while 4 not in transfer_of(worker, transfer_id).waiting and time.monotonic() < deadline:
             time.sleep(0.005)
         gate.set()
         events = [receiver.next(transfer_id) for _ in range(2)]
-        assert {event.chunk for event in events if isinstance(event, BlobArrived)} == {0, 7}
+        assert {event.chunk for event in events if isinstance(event, BlobArrived)} == {4, 7}
 
 
 def test_a_chunk_evicted_between_the_request_and_its_encoding_is_computed_again(monkeypatch) -> None:
-    with serving(store_bytes=SMALL_STORE) as receiver:
+    with serving(store=ChunkStore(SMALL_STORE)) as receiver:
         worker, gate, stuck = receiver.worker, threading.Event(), threading.Event()
         old = receiver.opened(prompt(2 * CHUNK + 1, seed=6))[0]
         receiver.blobs(old, 0, 1)
@@ -125,7 +126,7 @@ def test_a_chunk_evicted_between_the_request_and_its_encoding_is_computed_again(
         receiver.client.request(old, 0, "q1")
         wait_until(worker, lambda: transfer_of(worker, old).ready)
         # The store now looks as it does when another prompt's chunks have taken the room.
-        worker.store._evict(transfer_of(worker, old).request.keys[0], MASTER_LEVEL)
+        worker.store.drop(transfer_of(worker, old).request.keys[0])
         gate.set()
         event = receiver.next(old)
         assert isinstance(event, BlobArrived) and event.level == "q1", event

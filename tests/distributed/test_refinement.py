@@ -5,12 +5,12 @@ from __future__ import annotations
 
 import random
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
-from pair import LATEST_S, Asking, Pair, running_pair, until
+from pair import LATEST_S, Asking, Gate, Pair, on_thread, running_pair, until
 
 from decode.blob_decoder import BlobDecoder, Job
 from decode.fill_events import Refine
@@ -44,33 +44,6 @@ def pair(lasting: Pair) -> Iterator[Pair]:
     yield lasting
     lasting.check()
     assert lasting.decode.is_alive and lasting.prefill.is_alive
-
-
-class Gate:
-    """Keeps a thread from calling a method on until it is opened."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, method: str, when: Callable[..., bool]) -> None:
-        original = getattr(owner, method)
-        self._open = threading.Event()
-        self.reached = threading.Event()
-
-        def held(*args: Any, **options: Any) -> Any:
-            if when(*args, **options):
-                self.reached.set()
-                assert self._open.wait(LATEST_S)
-            return original(*args, **options)
-
-        monkeypatch.setattr(owner, method, held)
-
-    def wait(self) -> None:
-        assert self.reached.wait(LATEST_S)
-
-    def open(self) -> None:
-        self._open.set()
-
-
-def on_thread(name: str) -> Callable[..., bool]:
-    return lambda *_, **__: threading.current_thread().name == name
 
 
 def in_answer(_: Engine, slices: list[SequenceSlice]) -> bool:
@@ -264,7 +237,8 @@ def test_a_late_refinement_never_reaches_another_request(
     pair: Pair, where: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The next request needs all pages, so it gets those of the one that was cancelled in mid-refinement."""
-    tokens, next_tokens = prompt(NUM_CHUNKS * CHUNK + 9, seed=10), prompt(NUM_CHUNKS * CHUNK + 9, seed=11)
+    num_all = 16 * pair.decode._runtime.pool.num_blocks
+    tokens, next_tokens = prompt(NUM_CHUNKS * CHUNK + 9, seed=10), prompt(num_all - 15, seed=11)
     pair.ask(tokens, kv_mode="q1")
     gate = hold(where, monkeypatch)
     asking = pair.begin(tokens, max_tokens=500)
@@ -274,16 +248,17 @@ def test_a_late_refinement_never_reaches_another_request(
     table = list(only(pair).block_table)
     asking.leave()
     until(lambda: not pair.decode._requests)
-    num_all = 16 * pair.decode._runtime.pool.num_blocks
-    later = pair.begin(next_tokens, max_tokens=num_all - len(next_tokens), kv_mode="text")
-    until(lambda: pair.decode._waiting)
+    later = pair.begin(next_tokens, max_tokens=15, kv_mode="text")
+    until(lambda: pair.decode._scheduler.waiting())
+    answering = Gate(monkeypatch, Engine, "forward", in_answer)
     gate.open()
-    until(lambda: len(later.tokens) > 5)
+    answering.wait()
     assert set(table) <= set(only(pair).block_table)
     found = pages_of(pair, only(pair), 0, NUM_CHUNKS * CHUNK)
     alone = pair.alone.allocator.allocate(-(-len(next_tokens) // 16))
     prefill(pair.alone.engine, next_tokens, alone)
     expected = pair.alone.pool.read(alone, 0, NUM_CHUNKS * CHUNK)
-    pair.alone.allocator.free(alone)
+    pair.alone.allocator.release(alone)
     assert_same_bits(found, expected)
+    answering.open()
     later.leave()

@@ -232,10 +232,12 @@ def lossless_joins_exponents_with_their_planes() -> None:
 
 def check_chunks(
     profile: Profile, layout: CodecLayout, tokens: tuple[int, ...], levels: tuple[str, ...], *, rotary: int = 0,
-    dtype: torch.dtype = torch.bfloat16,
+    turned: tuple[bool, ...] | None = None, dtype: torch.dtype = torch.bfloat16,
 ) -> None:  # fmt: skip
     chunks = [make_kv(layout, t, seed=i, dtype=dtype) for i, t in enumerate(tokens)]
     ropes = [make_rope(t, rotary, start=17 * i) if rotary else None for i, t in enumerate(tokens)]
+    if turned is not None:
+        ropes = [rope.RopeTable(r.cos, r.sin, turned) for r in ropes if r is not None]
     has_matrix = profile.lossy.k is not None and bool((profile.lossy.k.matrix >= 0).any())
     for level in levels:
         want = [
@@ -268,6 +270,23 @@ def other_dims_for_v_and_rotations_across_lanes() -> None:
     layout = make_layout(2, 1, 128, 64)
     profile = make_profile(layout, matrices=True, needs_rope=True, unturned=1)
     check_chunks(profile, layout, (3,), ("q2",), rotary=96)
+
+
+@case("chunks")
+def rotations_of_some_layers_and_of_no_channels() -> None:
+    layout = make_layout(2, 1, 64, 64)
+    calibrated = make_profile(layout, needs_rope=True)
+    for profile in (calibrated, default_profile(layout)):
+        check_chunks(profile, layout, (3, 2), ("q2",), rotary=64, turned=(False, True))
+    blind = rope.RopeTable(np.zeros((3, 0)), np.zeros((3, 0)))
+    chunk = make_kv(layout, 3)
+    want = encode_chunk(*chunk, level="q2", profile=calibrated, rope=blind)
+    assert gpu.encode_chunks([chunk], level="q2", profile=calibrated, ropes=[blind]) == [want]
+    mine, theirs = (
+        gpu.decode_chunks([want], profile=calibrated, ropes=[blind])[0],
+        decode_chunk(want, profile=calibrated, rope=blind),
+    )
+    assert all(same_bits(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
 @case("chunks")

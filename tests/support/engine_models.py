@@ -18,7 +18,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from prefill.block_allocator import BlockAllocator
+from prefill.block_pool import BlockPool
 from prefill.engine import Engine
 from prefill.kv_pool import KVPool
 from prefill.model import LoadedModel, wrap_model
@@ -75,10 +75,10 @@ def random_engine(
     num_blocks: int = 256,
     row_multiple: int | None = None,
     **changes: object,
-) -> tuple[Engine, BlockAllocator]:
+) -> tuple[Engine, BlockPool]:
     model = loaded(random_model(family, dtype, **changes))
     engine = Engine(model, KVPool(model.layout, num_blocks), row_multiple=row_multiple)
-    return engine, BlockAllocator(num_blocks)
+    return engine, BlockPool(num_blocks)
 
 
 def loaded(model: PreTrainedModel) -> LoadedModel:

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Iterator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import uvicorn
 from fastapi import FastAPI
+from tokenizers import decoders, pre_tokenizers
 
 from cluster.gateway import create_app
 from cluster.openai_answers import ModelCard
@@ -18,7 +20,9 @@ from decode.requests import (
     FinishedEvent,
     GenerationEvent,
     GenerationRequest,
+    PromptLogprobsEvent,
     RequestRefused,
+    TokenLogprobs,
     TokensEvent,
 )
 
@@ -28,9 +32,18 @@ LEVELS = ("raw", "lossless", "q1", "q2")
 
 
 class ByteTokenizer:
-    """A token per UTF-8 byte; 256 ends a text."""
+    """A token per UTF-8 byte, spelled as byte-level BPE spells it; 256 ends a text."""
 
     chat_template = "yes"
+    backend_tokenizer = SimpleNamespace(decoder=decoders.ByteLevel())
+    added_tokens_decoder = {EOS: "<end>"}
+    _spelling = sorted(pre_tokenizers.ByteLevel.alphabet())
+
+    def convert_ids_to_tokens(self, token_id: int) -> str:
+        printable = [char for char in self._spelling if ord(char) < 256]
+        others = [char for char in self._spelling if ord(char) >= 256]
+        bytes_of = {ord(char): char for char in printable}
+        return bytes_of.get(token_id) or others[sum(byte not in bytes_of for byte in range(token_id))]
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return list(text.encode())
@@ -45,11 +58,20 @@ class ByteTokenizer:
         return text + ("<assistant>" if options["add_generation_prompt"] else "")
 
 
+def logprobs_of(token: int, num_top: int) -> TokenLogprobs:
+    """Bytes 200, 201, ... are the likeliest; the token itself is not among them but for them."""
+    top = tuple((200 + i, -0.5 - i) for i in range(num_top))
+    return TokenLogprobs(logprob=dict(top).get(token, -token / 10), rank=30, top=top)
+
+
 class FakeBackend:
     """Answers every prompt with `reply`, byte by byte. A prompt may ask for trouble by what it says:
 
     "refuse": not admitted (429). "fail": fails after two tokens. "fail first": fails before any.
-    "vanish": ends without a last event. "crash": raises. "hang": waits until cancelled.
+    "vanish": ends without a last event. "crash": raises. "hang": waits until cancelled. "unlucky": of several choices,
+    the second fails before any token, when the first has begun.
+
+    Of several choices each answers with its number behind the reply. Logprobs: see `logprobs_of`.
     """
 
     def __init__(self, reply: str = "héllo wörld €5", *, step_s: float = 0.0) -> None:
@@ -58,6 +80,7 @@ class FakeBackend:
         self.requests: list[GenerationRequest] = []
         self.running = 0
         self.started = threading.Event()
+        self.has_answered = threading.Event()
         self.cancelled = threading.Event()
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
@@ -68,14 +91,24 @@ class FakeBackend:
         self.running += 1
         self.started.set()
         try:
-            if "fail first" in prompt:
+            if "unlucky" in prompt and request.request_id.endswith("-1"):
+                await asyncio.to_thread(self.has_answered.wait, 10)
+            if "fail first" in prompt or ("unlucky" in prompt and request.request_id.endswith("-1")):
                 yield FailedEvent(status=503, code="no_worker", message="no decode worker is left")
                 return
-            tokens = [*self.reply.encode(), EOS]
+            number = request.request_id.rpartition("-")[2] if request.group else ""
+            tokens = [*f"{self.reply}{number}".encode(), EOS]
+            num_top = request.sampling.prompt_logprobs
+            for start in range(1, len(request.token_ids), 2) if num_top is not None else ():
+                scored = tuple(logprobs_of(token, num_top) for token in request.token_ids[start : start + 2])
+                yield PromptLogprobsEvent(start=start, logprobs=scored)
+            num_top = request.sampling.logprobs
             wanted = request.sampling.max_tokens
             for n, token in enumerate(tokens[:wanted], start=1):
                 await asyncio.sleep(self.step_s)
-                yield TokensEvent(token_ids=(token,))
+                logprobs = None if num_top is None else (logprobs_of(token, num_top),)
+                yield TokensEvent(token_ids=(token,), logprobs=logprobs)
+                self.has_answered.set()
                 if n == 2:
                     if "fail" in prompt:
                         yield FailedEvent(status=502, code="worker_lost", message="the worker went away")

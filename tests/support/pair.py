@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
+import pytest
 import torch
 from engine_models import loaded, random_model
 
@@ -16,10 +17,11 @@ from codec.profile import default_profile
 from decode.requests import GenerationRequest, SamplingParams
 from decode.slo import SLOPolicy
 from decode.worker import DecodeWorker
-from prefill.block_allocator import BlockAllocator
+from prefill.block_pool import BlockPool
 from prefill.engine import Engine, generate_greedy
 from prefill.kv_pool import KVPool
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime
+from prefill.store import ChunkStore
 from prefill.worker import PrefillWorker
 from transport.stream_client import StreamClient
 
@@ -33,7 +35,7 @@ def make_runtime(*, dtype: torch.dtype = torch.bfloat16, num_blocks: int = 1024)
         model=model,
         profile=default_profile(model.layout, fingerprint=model.fingerprint),
         pool=pool,
-        allocator=BlockAllocator(num_blocks),
+        allocator=BlockPool(num_blocks),
         engine=Engine(model, pool, row_multiple=64),
     )
 
@@ -43,6 +45,7 @@ class Asking:
 
     def __init__(self, endpoint: str, body: dict[str, Any]) -> None:
         self.tokens: list[int] = []
+        self.answers: list[dict[str, Any]] = []  # as they came
         self.end: dict[str, Any] | None = None
         self._endpoint, self._body = endpoint, body
         self._is_leaving = threading.Event()
@@ -54,6 +57,7 @@ class Asking:
 
         async def read() -> None:
             async for event in stream:
+                self.answers.append(event)
                 self.tokens += event.get("tokens", [])
                 if event.keys() & {"finished", "failed", "refused"}:
                     self.end = event
@@ -90,6 +94,33 @@ def until(condition: Callable[[], Any]) -> None:
     while not condition():
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.002)
+
+
+class Gate:
+    """Keeps a thread from calling a method on until it is opened."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, owner: type, method: str, when: Callable[..., bool]) -> None:
+        original = getattr(owner, method)
+        self._open = threading.Event()
+        self.reached = threading.Event()
+
+        def held(*args: Any, **options: Any) -> Any:
+            if when(*args, **options):
+                self.reached.set()
+                assert self._open.wait(LATEST_S)
+            return original(*args, **options)
+
+        monkeypatch.setattr(owner, method, held)
+
+    def wait(self) -> None:
+        assert self.reached.wait(LATEST_S)
+
+    def open(self) -> None:
+        self._open.set()
+
+
+def on_thread(name: str) -> Callable[..., bool]:
+    return lambda *_, **__: threading.current_thread().name == name
 
 
 class Pair:
@@ -165,7 +196,7 @@ class Pair:
         self.decode.check_integrity()
         self.prefill.check_integrity()
         assert self.decode.stats()["kv_cache_usage_perc"] == 0
-        assert not self.decode._requests and not self.decode._ended
+        assert not self.decode._requests and not self.decode._holders._ended
         assert self.decode._puller._links.num_shares == 0
         assert self.decode._puller._client.num_transfers == 0
         while len(self.prefill._transfers) and time.monotonic() < deadline:
@@ -175,11 +206,23 @@ class Pair:
 
 @contextmanager
 def around(
-    runtime: Callable[[], ModelRuntime], *, policy: SLOPolicy | None = None, chunk_tokens: int = 256
+    runtime: Callable[[], ModelRuntime],
+    *,
+    policy: SLOPolicy | None = None,
+    chunk_tokens: int = 256,
+    prefix_caching: bool = False,
+    store: ChunkStore | None = None,
 ) -> Iterator[Pair]:
-    """A pair whose workers each have a runtime of their own, as they would in processes of their own."""
+    """A pair whose workers each have a runtime of their own, as they would in processes of their own. Without prefix
+    caching every prompt has to come over the link, however often it is asked."""
     prefill = PrefillWorker(runtime())
-    decode = DecodeWorker(runtime(), policy=policy or SLOPolicy(ttft_s=30.0), chunk_tokens=chunk_tokens)
+    decode = DecodeWorker(
+        runtime(),
+        policy=policy or SLOPolicy(ttft_s=30.0),
+        chunk_tokens=chunk_tokens,
+        prefix_caching=prefix_caching,
+        store=store,
+    )
     try:
         yield Pair(prefill, decode, runtime())
     finally:
@@ -188,7 +231,7 @@ def around(
 
 
 def running_pair(
-    *, policy: SLOPolicy | None = None, chunk_tokens: int = 256, **options: Any
+    *, policy: SLOPolicy | None = None, num_blocks: int = 1024, dtype: torch.dtype = torch.bfloat16, **options: Any
 ) -> AbstractContextManager[Pair]:
-    """Around the small random model."""
-    return around(lambda: make_runtime(**options), policy=policy, chunk_tokens=chunk_tokens)
+    """Around the small random model. options: as for `around`."""
+    return around(lambda: make_runtime(dtype=dtype, num_blocks=num_blocks), policy=policy, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -346,3 +347,16 @@ def test_orders_never_pass_a_floor_and_always_leave_a_way(
             assert policy.ceiling is None or LEVELS.index(level) >= LEVELS.index(policy.ceiling)
         else:
             assert level == mode
+
+
+def test_what_no_source_computes_may_be_computed_here() -> None:
+    """A worker's own store, or another decode worker's, has some of a prompt: the rest has to come from somewhere."""
+    never = SLOPolicy(allow_recompute=False)
+    orders = partial(fill_orders, request(), never, LIMITS, has_source=True, now=0.0, tail_s=0.0)
+    assert not orders().may_compute
+    assert orders(source_computes=False).may_compute
+    few = SLOPolicy(max_recompute_share=0.1)
+    assert (
+        fill_orders(request(), few, LIMITS, has_source=True, now=0.0, tail_s=0.0, source_computes=False).max_compute
+        is None
+    )

@@ -10,7 +10,9 @@ import pytest
 
 import cluster.backend_zmq
 from cluster.backend_zmq import AVOID_S, ClusterBackend
-from cluster.routing import EXPIRED_S, WorkerInfo
+from cluster.membership import EXPIRED_S, WorkerInfo
+from cluster.prefix_index import Coverage
+from cluster.prefix_lookup import PrefixLookup
 from decode.requests import FailedEvent, FinishedEvent, GenerationRequest, RequestRefused, TokensEvent
 from transport.errors import StreamLost, StreamOverflow, StreamRefused
 
@@ -29,6 +31,7 @@ class FakeStream:
 
     async def __aiter__(self) -> AsyncIterator[dict[str, Any]]:
         for answer in self.answers:
+            await asyncio.sleep(0)  # others run meanwhile
             if isinstance(answer, Exception):
                 raise answer
             yield answer
@@ -42,10 +45,12 @@ class FakeClient:
 
     def __init__(self, endpoint: str, **_: Any) -> None:
         self.endpoint, self.num_streams, self.is_closed, self.submitted = endpoint, 0, False, 0
+        self.bodies: list[dict[str, Any]] = []
         FakeClient.made.append(self)
 
     def submit(self, body: dict[str, Any]) -> FakeStream:
         self.submitted += 1
+        self.bodies.append(body)
         answers = FakeClient.script[self.endpoint]
         return FakeStream(answers.pop(0) if len(answers) > 1 else answers[0])
 
@@ -182,7 +187,7 @@ def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         for number in range(30):
             await events(backend, str(number))
         assert len(backend._served_by) == 10
-        assert set(backend._in_flight.values()) == {0}
+        assert not backend._sent.in_flight()
 
     run(scene, "d0", "d1", d0=[OK], d1=[OK])
 
@@ -197,3 +202,107 @@ def test_a_lost_worker_is_left_alone_until_the_controller_would_have_forgotten_i
     assert backend._lost_lately() == {"decode-0-life"}
     clock[0] += EXPIRED_S
     assert backend._lost_lately() == frozenset() and not backend._lost_at
+
+
+# -- where requests go ----------------------------------------------------------------------------------------------
+
+LONG = tuple(range(16 * 4 + 1))  # four chunks
+
+
+def with_index(backend: ClusterBackend, **holders: Coverage) -> list[bytes]:
+    """An index that answers so; the questions that it was asked."""
+    asked: list[bytes] = []
+
+    async def ask(keys: bytes) -> dict[str, Any]:
+        asked.append(keys)
+        return {name: held.to_wire() for name, held in holders.items()}
+
+    backend._chunk_tokens = 16
+    backend.lookup = PrefixLookup(ask, fingerprint="model", chunk_tokens=16)
+    return asked
+
+
+async def sent_to(backend: ClusterBackend, request_id: str, **options: Any) -> str:
+    options.setdefault("token_ids", LONG)
+    request = GenerationRequest(request_id=request_id, **options)
+    assert [event async for event in backend.generate(request)] == GOOD
+    return backend._served_by[request_id].id
+
+
+def test_a_prompt_goes_where_its_prefix_is() -> None:
+    async def scene(backend: ClusterBackend) -> None:
+        for name in ("d0", "d1", "d2"):
+            asked = with_index(backend, **{name: Coverage(incarnation=f"{name}-1", pages=0b1111)})
+            assert await sent_to(backend, name) == name and len(asked) == 1
+        asked = with_index(backend)
+        await sent_to(backend, "short", token_ids=LONG[:16])
+        await sent_to(backend, "text", kv_mode="text")
+        assert asked == []
+
+    run(scene, "d0", "d1", "d2", d0=[OK], d1=[OK], d2=[OK])
+
+
+def test_whom_the_index_names_is_a_source() -> None:
+    async def scene(backend: ClusterBackend) -> None:
+        with_index(backend, p0=Coverage(incarnation="p0-1", ram=0b1111))
+        p0 = WorkerInfo(id="p0", role="prefill", incarnation="p0-1", endpoint="tcp://p0")
+        backend.table = [*backend.table, p0]
+        await sent_to(backend, "r")
+        (source,) = FakeClient.made[0].bodies[0]["sources"]
+        assert source == {
+            "id": "p0",
+            "endpoint": "tcp://p0",
+            "public_key": None,
+            "is_holder": True,
+            "stored_only": True,
+        }
+
+    run(scene, "d0", d0=[OK])
+
+
+def test_without_the_index_requests_are_served_as_before() -> None:
+    async def scene(backend: ClusterBackend) -> None:
+        with_index(backend)
+
+        async def ask(keys: bytes) -> dict[str, Any]:
+            raise RuntimeError("the controller is away")
+
+        backend.lookup = PrefixLookup(ask, fingerprint="model", chunk_tokens=16)
+        p0 = WorkerInfo(id="p0", role="prefill", incarnation="p0-1", endpoint="tcp://p0")
+        backend.table = [*backend.table, p0]
+        await sent_to(backend, "r")
+        assert [source["id"] for source in FakeClient.made[0].bodies[0]["sources"]] == ["p0"]
+
+    run(scene, "d0", d0=[OK])
+
+
+def test_a_group_is_served_by_one_worker() -> None:
+    async def scene(backend: ClusterBackend) -> None:
+        with_index(backend)
+        places = await asyncio.gather(*(sent_to(backend, f"r{n}", group="g") for n in range(6)))
+        assert len(set(places)) == 1
+        others = await asyncio.gather(*(sent_to(backend, f"s{n}") for n in range(6)))
+        assert len(set(others)) == 3, "others spread by load"
+
+    run(scene, "d0", "d1", "d2", d0=[OK], d1=[OK], d2=[OK])
+
+
+def test_a_group_follows_when_its_worker_is_lost() -> None:
+    async def scene(backend: ClusterBackend) -> None:
+        first = await sent_to(backend, "r0", group="g")
+        FakeClient.script[f"tcp://{first}:1"] = [LOST]
+        second = await sent_to(backend, "r1", group="g")
+        assert second != first and await sent_to(backend, "r2", group="g") == second
+
+    run(scene, "d0", "d1", d0=[OK], d1=[OK])
+
+
+def test_groups_that_are_remembered_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cluster.backend_zmq, "MAX_KNOWN_GROUPS", 10)
+
+    async def scene(backend: ClusterBackend) -> None:
+        for number in range(30):
+            await sent_to(backend, str(number), group=str(number))
+        assert len(backend._group_at) == 10
+
+    run(scene, "d0", d0=[OK])

@@ -12,6 +12,7 @@ from codec.chunk import decode_chunk, encode_chunk, inspect_blob, refine_chunk
 from codec.errors import CodecError, WrongRefinement
 from codec.profile import Profile
 from prefill.chunk_levels import ChunkLevels
+from prefill.prompt import FreshChunk
 from prefill.store import ChunkStore
 
 KEY = b"a chunk"
@@ -44,12 +45,16 @@ def codec() -> Codec:
 @pytest.fixture
 def levels(codec: Codec, kv: tuple[torch.Tensor, torch.Tensor]) -> ChunkLevels:
     made = ChunkLevels(codec, ChunkStore(1 << 20))  # type: ignore[arg-type]
-    made.store_master(KEY, *kv, start=0)
+    made.store_master(KEY, as_fresh(kv))
     return made
 
 
+def as_fresh(kv: tuple) -> FreshChunk:
+    return FreshChunk(k=kv[0], v=kv[1], start=0)
+
+
 def blob(levels: ChunkLevels, level: str, fresh: tuple[torch.Tensor, torch.Tensor] | None = None) -> bytes:
-    found = levels.blob(KEY, level, start=0, stop=TOKENS, fresh=fresh)
+    found = levels.blob(KEY, level, start=0, stop=TOKENS, fresh=None if fresh is None else as_fresh(fresh))
     assert found is not None
     return found
 
@@ -81,7 +86,7 @@ def test_a_fresh_chunk_is_quantized_once_and_kept_when_its_master_comes(codec: C
     levels = ChunkLevels(codec, ChunkStore(1 << 20))  # type: ignore[arg-type]
     coarse, finer = blob(levels, "q3", fresh=kv), blob(levels, "q2", fresh=kv)
     assert levels.num_encoded == 1 and levels.sizes(KEY) is None
-    levels.store_master(KEY, *kv, start=0)
+    levels.store_master(KEY, as_fresh(kv))
     levels.check_integrity()
     assert levels.num_encoded == 2 and set(levels.sizes(KEY) or {}) == {"lossless", "q1", "q2", "q3"}
     assert (blob(levels, "q3"), blob(levels, "q2")) == (coarse, finer)
@@ -155,7 +160,7 @@ def test_a_store_without_room_still_serves_every_level_of_a_fresh_chunk(codec: C
     levels = ChunkLevels(codec, ChunkStore(10))  # type: ignore[arg-type]
     coarse, rest = blob(levels, "q3", fresh=kv), blob(levels, "q3>q1", fresh=kv)
     assert refine_chunk(coarse, rest) == blob(levels, "q1", fresh=kv)
-    levels.store_master(KEY, *kv, start=0)
+    levels.store_master(KEY, as_fresh(kv))
     levels.check_integrity()
     assert levels.blob(KEY, "q3", start=0, stop=TOKENS, fresh=None) is None
 

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefill.chunks import KEY_BYTES, chunk_keys, num_loadable_chunks, refinement_name, split_level
+from prefill.chunks import KEY_BYTES, KeyChain, chunk_key, chunk_keys, num_loadable_chunks, refinement_name, split_level
 
-tokens = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=60)
-sizes = st.integers(1, 16)
+tokens = st.lists(st.integers(0, 2**32 - 1), min_size=1, max_size=150)
+sizes = st.sampled_from([16, 32, 48])
 
 
 def keys(token_ids, size, *, fingerprint="f", cache_salt=""):
@@ -47,17 +47,36 @@ def test_a_changed_token_changes_its_chunk_and_all_after_it(token_ids: list[int]
         assert (old == new) == (chunk < at // size)
 
 
-@pytest.mark.parametrize("other", [{"fingerprint": "g"}, {"cache_salt": "tenant"}, {"size": 8}])
+@given(tokens, st.lists(st.integers(0, 70), max_size=5))
+def test_a_chain_that_grew_is_that_of_the_whole(token_ids: list[int], cuts: list[int]) -> None:
+    chain, at = KeyChain(fingerprint="f"), 0
+    for cut in [*sorted(cuts), len(token_ids)]:
+        chain.extend(token_ids[at:cut])
+        at = max(at, min(cut, len(token_ids)))
+    whole = KeyChain(token_ids, fingerprint="f")
+    assert len(chain) == len(token_ids)
+    for size in (16, 32):
+        assert chain.blocks(size) == whole.blocks(size)
+        assert len(chain.blocks(size)) == len(token_ids) // size
+        assert chain.blocks(size, first=1) == whole.blocks(size)[1:]
+
+
+def test_a_chunk_is_named_after_its_last_block() -> None:
+    chain = KeyChain(range(100), fingerprint="f")
+    assert chain.chunks(32, 2) == [chunk_key(link, 32) for link in chain.blocks(32)[:2]]
+
+
+@pytest.mark.parametrize("other", [{"fingerprint": "g"}, {"cache_salt": "tenant"}, {"size": 32}])
 def test_model_tenant_and_chunk_size_are_part_of_a_key(other: dict) -> None:
-    token_ids = list(range(17))
-    options = {"size": 4, **other}
-    assert not set(keys(token_ids, 4)) & set(keys(token_ids, **options))
+    token_ids = list(range(65))
+    options = {"size": 16, **other}
+    assert not set(keys(token_ids, 16)) & set(keys(token_ids, **options))
 
 
 def test_keys_do_not_change_between_versions() -> None:
     """Stores on different machines must agree."""
-    (key,) = keys([1, 2, 3, 4, 5], 4, fingerprint="model", cache_salt="salt")
-    assert key.hex() == "289aca67f5352af05949e4e2a1718168"
+    (key,) = keys(range(17), 16, fingerprint="model", cache_salt="salt")
+    assert key.hex() == "d9d42020d37889d770898f67f5131000"
 
 
 names = st.text(st.characters(exclude_characters=">"), min_size=1, max_size=8)

@@ -58,6 +58,7 @@ class World:
                     start=chunk * TOKENS,
                     k=half.reshape(1, 1, 1, -1),
                     v=half.reshape(1, 1, 1, -1),
+                    base_kl=0.0,
                     after_tokens=after_tokens,
                     blob=None,
                     seconds=0.0,

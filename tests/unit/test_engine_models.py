@@ -1,4 +1,4 @@
-"""prefill/model.py: float32 tokens are those of transformers; tables, fingerprints, and what is refused."""
+"""prefill/model.py: float32 tokens are those of transformers; fingerprints, and what is refused."""
 
 from __future__ import annotations
 
@@ -11,12 +11,30 @@ from pathlib import Path
 import pytest
 import torch
 from engine_models import FAMILIES, loaded, random_engine, random_model, random_prompt, tiny_tokenizer
-from transformers import GemmaConfig, GemmaForCausalLM, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    GemmaConfig,
+    GemmaForCausalLM,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
+)
 
-from prefill.engine import generate_greedy, prefill
+from prefill.attention import ATTENTION_NAME, register
+from prefill.engine import generate_greedy
 from prefill.model import ModelRefused, load_model
 
 ROOT = Path(__file__).parents[2]
+TINY = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "head_dim": 32,
+    "vocab_size": 64,
+}
 
 
 @pytest.fixture(scope="module")
@@ -38,37 +56,6 @@ def test_float32_tokens_are_those_of_transformers(family: str) -> None:
         )[0, num_tokens:]
         tokens = generate_greedy(engine, allocator, prompt, 12, chunk_tokens=chunk_tokens)
         assert tokens == expected.tolist()
-
-
-def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """`x` [T, H, D]"""
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return x * cos[:, None] + turned * sin[:, None]
-
-
-@pytest.mark.parametrize("family", ["llama", "llama-yarn", "qwen3"])
-def test_rope_tables_undo_and_redo_the_models_rotation(family: str) -> None:
-    engine, _ = random_engine(family)
-    prompt = random_prompt(90)
-    table = list(range(6))
-    prefill(engine, prompt, table)
-    keys = engine.pool.read(table, 0, 90)[0][0]
-    cos, sin = engine.model.rope_tables(0, 90)
-    assert cos.shape == sin.shape == (90, 64) and cos.dtype == torch.float32
-    torch.testing.assert_close(cos**2 + sin**2, torch.ones(90, 64), atol=1e-6, rtol=0)
-
-    layer = engine.model.model.model.layers[0]
-    hidden = layer.input_layernorm(engine.model.model.model.embed_tokens(torch.tensor(prompt)))
-    raw = layer.self_attn.k_proj(hidden).view(90, 2, 64)
-    if hasattr(layer.self_attn, "k_norm"):
-        raw = layer.self_attn.k_norm(raw)
-    scaling = getattr(engine.model.model.model.rotary_emb, "attention_scaling", 1.0)
-    undone = rotate(keys, cos, -sin)
-    torch.testing.assert_close(undone, raw * scaling, atol=1e-5, rtol=1e-5)
-    torch.testing.assert_close(rotate(undone, cos, sin), keys, atol=1e-5, rtol=1e-5)
-    part = engine.model.rope_tables(40, 60)
-    assert torch.equal(part[0], cos[40:60]) and torch.equal(part[1], sin[40:60])
 
 
 def test_load_reads_what_others_must_know(folder: Path) -> None:
@@ -126,32 +113,52 @@ def test_what_cannot_be_loaded_is_refused_in_words(folder: Path, tmp_path: Path)
         load_model(unknown)
 
 
-@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
-def test_rope_that_depends_on_the_batch_is_refused(folder: Path, tmp_path: Path, rope_type: str) -> None:
-    rope = {"rope_type": rope_type, "rope_theta": 10000.0, "factor": 2.0}
-    rope |= {"short_factor": [1.0] * 32, "long_factor": [2.0] * 32, "original_max_position_embeddings": 2048}
-    with pytest.raises(ModelRefused, match=rope_type):
-        load_model(change_config(folder, tmp_path / rope_type, rope_parameters=rope))
+def test_missing_weights_are_not_made_up(folder: Path, tmp_path: Path) -> None:
+    more_layers = change_config(folder, tmp_path / "more", num_hidden_layers=3)
+    with pytest.raises(ModelRefused, match=r"lacks \d+ of the weights of LlamaForCausalLM, such as model\.layers\.2\."):
+        load_model(more_layers)
+
+
+def test_rope_of_an_unknown_type_is_refused(folder: Path) -> None:
+    model = random_model("llama", num_hidden_layers=1)
+    model.config.rope_parameters = {"rope_type": "spiral", "rope_theta": 10000.0}
+    with pytest.raises(ModelRefused, match="RoPE type 'spiral' is not known here.*longrope"):
+        loaded(model)
 
 
 def test_other_families_are_refused_by_name() -> None:
     gpt2 = GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=1, n_head=2, vocab_size=64))
     with pytest.raises(ModelRefused, match="gpt2: only models with rotary"):
         loaded(gpt2)
-    gemma = GemmaForCausalLM(
-        GemmaConfig(
-            hidden_size=64,
-            intermediate_size=64,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-            num_key_value_heads=1,
-            head_dim=32,
-            vocab_size=64,
-        )
-    )
+    gemma = GemmaForCausalLM(GemmaConfig(**TINY, num_hidden_layers=1))
     gemma._supports_attention_backend = False
     with pytest.raises(ModelRefused, match="GemmaForCausalLM does not use transformers' attention interface"):
         loaded(gemma)
+    sinks = GptOssForCausalLM(GptOssConfig(**TINY, num_hidden_layers=2, num_local_experts=2))
+    with pytest.raises(ModelRefused, match="GptOssForCausalLM: attention sinks"):
+        loaded(sinks)
+    parts = Gemma3ForConditionalGeneration(
+        Gemma3Config(text_config=TINY | {"num_hidden_layers": 1}, vision_config=TINY)
+    )
+    with pytest.raises(ModelRefused, match="gemma3: a model of several parts.*its text model alone"):
+        loaded(parts)
+
+
+def test_layers_of_different_kv_shapes_are_refused() -> None:
+    model = GemmaForCausalLM(GemmaConfig(**TINY, num_hidden_layers=2))
+    other = GemmaForCausalLM(GemmaConfig(**TINY | {"num_key_value_heads": 2}, num_hidden_layers=2))
+    register()
+    other.set_attn_implementation(ATTENTION_NAME)
+    model.model.layers[1] = other.model.layers[1]
+    with pytest.raises(ModelRefused, match=r"different KV shapes .*\(1, 32, 32\), \(2, 32, 32\)"):
+        loaded(model)
+
+
+def test_layers_without_attention_are_refused() -> None:
+    model = GemmaForCausalLM(GemmaConfig(**TINY, num_hidden_layers=2))
+    model.config.num_hidden_layers = 3
+    with pytest.raises(ModelRefused, match="2 of 3 layers use the attention interface"):
+        loaded(model)
 
 
 def test_the_pypi_package_named_kernels_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

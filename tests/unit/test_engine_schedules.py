@@ -7,29 +7,29 @@ import torch
 from engine_models import random_engine, random_prompt
 
 from kernels.row_invariance import cancelling_example, differing_row_counts, least_row_multiple
-from prefill.block_allocator import BlockAllocator, blocks_for
+from prefill.block_pool import BlockPool, blocks_for
 from prefill.engine import Engine, SequenceSlice, SliceInvalid, generate_greedy, prefill
 
 PROMPT = random_prompt(700)
 
 
 @pytest.fixture(scope="module")
-def bf16() -> tuple[Engine, BlockAllocator]:
+def bf16() -> tuple[Engine, BlockPool]:
     return random_engine(dtype=torch.bfloat16)
 
 
 @pytest.fixture(scope="module")
-def expected(bf16: tuple[Engine, BlockAllocator]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def expected(bf16: tuple[Engine, BlockPool]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Logits and KV of the prompt computed in one go."""
     engine, allocator = bf16
     table = allocator.allocate(blocks_for(len(PROMPT), 16))
     logits = prefill(engine, PROMPT, table, chunk_tokens=len(PROMPT))
     k, v = engine.pool.read(table, 0, len(PROMPT))
-    allocator.free(table)
+    allocator.release(table)
     return logits, k, v
 
 
-def shuffled_table(allocator: BlockAllocator, num_tokens: int, seed: int) -> list[int]:
+def shuffled_table(allocator: BlockPool, num_tokens: int, seed: int) -> list[int]:
     table = allocator.allocate(blocks_for(num_tokens, 16))
     order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).tolist()
     return [table[i] for i in order]
@@ -41,7 +41,7 @@ def test_chunks_do_not_matter(bf16, expected, chunk_tokens: int) -> None:
     table = shuffled_table(allocator, len(PROMPT), chunk_tokens)
     logits = prefill(engine, PROMPT, table, chunk_tokens=chunk_tokens)
     k, v = engine.pool.read(table, 0, len(PROMPT))
-    allocator.free(table)
+    allocator.release(table)
     assert torch.equal(k, expected[1]) and torch.equal(v, expected[2])
     assert torch.equal(logits, expected[0])
 
@@ -79,7 +79,7 @@ def test_company_does_not_matter(bf16, expected, seed: int) -> None:
             logits = rows[wanted.index(0)]
     k, v = engine.pool.read(tables[0], 0, len(PROMPT))
     for table in tables:
-        allocator.free(table)
+        allocator.release(table)
     assert torch.equal(k, expected[1]) and torch.equal(v, expected[2])
     assert logits is not None and torch.equal(logits, expected[0])
 
@@ -103,9 +103,9 @@ def test_tokens_of_a_batch_are_those_of_requests_alone(bf16) -> None:
         for tokens, row in zip(together, engine.forward(slices), strict=True):
             tokens.append(int(row.argmax()))
     for table in tables:
-        allocator.free(table)
+        allocator.release(table)
     assert together == alone
-    assert allocator.num_free == allocator.num_blocks
+    assert allocator.num_available == allocator.num_blocks
 
 
 def test_padding_to_a_row_multiple_changes_nothing(bf16, expected) -> None:
@@ -115,7 +115,7 @@ def test_padding_to_a_row_multiple_changes_nothing(bf16, expected) -> None:
     table = allocator.allocate(blocks_for(len(PROMPT), 16))
     logits = prefill(padded, PROMPT, table, chunk_tokens=100)
     k, _ = engine.pool.read(table, 0, len(PROMPT))
-    allocator.free(table)
+    allocator.release(table)
     assert torch.equal(k, expected[1]) and torch.equal(logits, expected[0])
 
 

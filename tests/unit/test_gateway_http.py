@@ -165,7 +165,7 @@ def test_chat_through_the_template(client: httpx.Client, backend: FakeBackend) -
 def test_errors_have_their_status(client: httpx.Client) -> None:
     assert "tiny" in assert_error(completions(client, model="gpt-9"), 404, "model_not_found")
     assert "q1" in assert_error(completions(client, kv={"mode": "q9"}), 400, "unknown_level")
-    assert_error(completions(client, n=2), 400, "unsupported")
+    assert_error(completions(client, tools=[{}]), 400, "unsupported")
     assert_error(client.post("/v1/completions", content=b"{"), 400, "invalid_json")
     assert_error(completions(client, prompt=[99999]), 400, "invalid_value")
     assert_error(completions(client, request_id="a b"), 400, "invalid_value")
@@ -305,7 +305,7 @@ def test_health_models_version_tokenize(client: httpx.Client, backend: FakeBacke
 
 def test_metrics_count_what_happened(client: httpx.Client) -> None:
     completions(client, max_tokens=5)
-    completions(client, n=2)
+    completions(client, tools=[{}])
     text = client.get("/metrics").text
     for line in (
         "kvstream_generation_tokens_total 5.0",

@@ -65,7 +65,7 @@ def test_models(client: openai.OpenAI) -> None:
 
 def test_errors_become_the_clients_own(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as bad:
-        client.completions.create(model="tiny", prompt="hi", n=2)
+        client.completions.create(model="tiny", prompt="hi", n=200)
     assert bad.value.param == "n"
     with pytest.raises(openai.NotFoundError):
         client.completions.create(model="other", prompt="hi")

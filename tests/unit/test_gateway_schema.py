@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from cluster.kv_options import MAX_PLAN_LEVELS, MAX_PLAN_REFINEMENTS, KVOptions, KVPlan
 from cluster.metrics import GatewayMetrics, receipt_levels
+from cluster.openai_errors import APIError
 from cluster.openai_schema import (
-    APIError,
     ChatBody,
     CompletionBody,
     check_kv_options,
@@ -21,6 +21,7 @@ from cluster.openai_schema import (
     resolve_max_tokens,
     tenants_salt,
 )
+from decode.requests import SamplingParams
 
 
 def completion(**fields: Any) -> CompletionBody:
@@ -39,7 +40,12 @@ def refused(body: bytes | dict[str, Any], schema: type[Any] = CompletionBody) ->
     with pytest.raises(APIError) as raised:
         parsed = parse_body(raw, schema)
         if isinstance(parsed, CompletionBody):
-            parsed.single_prompt()
+            parsed.prompts()
+            parsed.num_choices()
+            parsed.check_prompt_logprobs()
+            parsed.sampling(parsed.token_limit() or 16, vocab_size=500, eos_token_ids=(2,))
+        elif isinstance(parsed, ChatBody):
+            parsed.num_logprobs()
     assert raised.value.status == 400
     return raised.value
 
@@ -58,7 +64,7 @@ def test_what_is_no_json_object(raw: bytes) -> None:
         ({"prompt": ""}, "prompt"),
         ({"prompt": []}, "prompt"),
         ({"prompt": [[]]}, "prompt"),
-        ({"prompt": ["a", "b"]}, "prompt"),
+        ({"prompt": ["a", ""]}, "prompt"),
         ({"prompt": [1, "a"]}, "prompt"),
         ({"prompt": [-1]}, "prompt"),
         ({"max_tokens": 0}, "max_tokens"),
@@ -91,17 +97,35 @@ def test_what_is_no_json_object(raw: bytes) -> None:
         ({"kv": {"plan": plan(refinements=[{**REFINED, "why": 1}])}}, "kv.plan.refinements.0.why"),
         ({"cache_salt": "alice\0doc"}, "cache_salt"),
         ({"cache_salt": "x" * 257}, "cache_salt"),
-        ({"n": 2}, "n"),
-        ({"best_of": 3}, "best_of"),
-        ({"echo": True}, "echo"),
+        ({"n": 0}, "n"),
+        ({"n": 129}, "n"),
+        ({"n": 2, "best_of": 3}, "best_of"),
+        ({"best_of": 2}, "best_of"),
         ({"suffix": "x"}, "suffix"),
-        ({"logprobs": 1}, "logprobs"),
-        ({"logprobs": 0}, "logprobs"),
-        ({"logit_bias": {"5": 1}}, "logit_bias"),
-        ({"presence_penalty": 0.5}, "presence_penalty"),
+        ({"logprobs": 21}, "logprobs"),
+        ({"logprobs": True}, "logprobs"),
+        ({"top_logprobs": 3}, "top_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "stream"),
+        ({"echo": True, "logprobs": 1, "stream": True}, "stream"),
+        ({"prompt_logprobs": 1, "kv": {"mode": "q1"}}, "kv"),
+        ({"prompt_logprobs": 1, "kv": {"plan": plan()}}, "kv"),
+        ({"logit_bias": {"5": 101}}, "logit_bias.5"),
+        ({"logit_bias": {"five": 1}}, "logit_bias"),
+        ({"logit_bias": {"500": 1}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [1, 500]}, "allowed_token_ids"),
+        ({"allowed_token_ids": [2, 9], "stop_token_ids": [9], "min_tokens": 1}, "allowed_token_ids"),
+        ({"bad_words": [""]}, "bad_words.0"),
+        ({"presence_penalty": 2.5}, "presence_penalty"),
+        ({"frequency_penalty": -3}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_p": 1.1}, "min_p"),
+        ({"min_tokens": 17}, "min_tokens"),
+        ({"priority": 0.5}, "priority"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"tools": [{"type": "function"}]}, "tools"),
-        ({"min_tokens": 4}, "min_tokens"),
     ],
 )
 def test_the_error_names_the_field(fields: dict[str, Any], param: str) -> None:
@@ -118,22 +142,72 @@ def test_what_asks_for_nothing_is_accepted_and_the_unknown_ignored() -> None:
     body = completion(
         n=1, best_of=1, echo=False, logprobs=None, logit_bias={}, presence_penalty=0, tools=[], user="me", x_new=3
     )
-    assert body.single_prompt() == "hi"
+    assert body.prompts() == ["hi"]
 
 
-@pytest.mark.parametrize("prompt", [[1, 2], [[1, 2]]])
-def test_token_prompts(prompt: list[Any]) -> None:
-    assert completion(prompt=prompt).single_prompt() == [1, 2]
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ([1, 2], [[1, 2]]),
+        ([[1, 2]], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        (["hi"], ["hi"]),
+        (["hi", "ho"], ["hi", "ho"]),
+    ],
+)
+def test_one_prompt_or_several(prompt: list[Any], prompts: list[Any]) -> None:
+    assert completion(prompt=prompt).prompts() == prompts
 
 
-def test_a_batch_of_one_is_one() -> None:
-    assert completion(prompt=["hi"]).single_prompt() == "hi"
+def sampled(**fields: Any) -> SamplingParams:
+    return completion(**fields).sampling(7, vocab_size=500)
 
 
 def test_sampling_defaults_are_those_of_openai() -> None:
-    sampling = completion().sampling(7)
-    assert (sampling.max_tokens, sampling.temperature, sampling.top_p, sampling.top_k) == (7, 1.0, 1.0, 0)
-    assert completion(top_k=-1, temperature=0).sampling(1).temperature == 0
+    assert sampled() == SamplingParams(max_tokens=7)
+    nothing = dict.fromkeys(
+        ("temperature", "top_p", "min_p", "presence_penalty", "logit_bias", "min_tokens", "logprobs")
+    )
+    assert sampled(**nothing) == SamplingParams(max_tokens=7)
+    assert sampled(top_k=-1, temperature=0, logprobs=False) == SamplingParams(max_tokens=7, temperature=0)
+
+
+def test_every_sampling_field_reaches_the_worker() -> None:
+    plain = {
+        "temperature": 0.5, "top_p": 0.9, "top_k": 7, "min_p": 0.1, "presence_penalty": -1.5, "frequency_penalty": 2.0,
+        "repetition_penalty": 1.2, "seed": -3, "ignore_eos": True, "min_tokens": 3, "logprobs": 4, "prompt_logprobs": 0,
+    }  # fmt: skip
+    lists = {"allowed_token_ids": [4, 5], "stop_token_ids": [9, 100_000]}
+    found = completion(**plain, **lists, logit_bias={"5": 1, "05": 2.5, "6": -100}).sampling(
+        7, vocab_size=500, bad_words=[[1, 2]]
+    )
+    assert found == SamplingParams(
+        max_tokens=7, **plain, allowed_token_ids=(4, 5), stop_token_ids=(9,), bad_words=((1, 2),),
+        logit_bias=((5, 2.5), (6, -100.0)),
+    )  # fmt: skip
+
+
+def test_an_echo_scores_the_prompt_as_the_answer() -> None:
+    assert sampled(echo=True).prompt_logprobs is None
+    assert sampled(echo=True, logprobs=2).prompt_logprobs == 2
+    assert sampled(echo=True, logprobs=2, prompt_logprobs=5).prompt_logprobs == 5
+    assert sampled(logprobs=2).prompt_logprobs is None
+
+
+def test_the_chats_form_of_logprobs() -> None:
+    def num(**fields: Any) -> int | None:
+        body = {"messages": [{"role": "user", "content": "x"}], **fields}
+        return parse_body(json.dumps(body).encode(), ChatBody).num_logprobs()
+
+    assert num() is num(logprobs=False) is num(logprobs=False, top_logprobs=0) is None
+    assert (num(logprobs=True), num(logprobs=True, top_logprobs=20)) == (0, 20)
+    for fields, param in (
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"logprobs": 2}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"echo": True}, "echo"),
+    ):
+        assert refused({"messages": [{"role": "user", "content": "x"}], **fields}, ChatBody).param == param
 
 
 def test_chat_messages() -> None:
@@ -229,15 +303,16 @@ json_values = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3),
     max_leaves=8,
 )
-field_names = st.sampled_from([*CompletionBody.model_fields, "n", "logprobs", "tools", "echo"])
+field_names = st.sampled_from([*CompletionBody.model_fields, "tools"])
 
 
 @given(st.dictionaries(field_names, json_values, max_size=6))
 def test_no_body_is_answered_with_anything_but_an_api_error(fields: dict[str, Any]) -> None:
     try:
         body = parse_body(json.dumps(fields).encode(), CompletionBody)
-        body.single_prompt()
-        body.sampling(1)
+        body.prompts()
+        body.num_choices()
+        body.sampling(1, vocab_size=500)
     except APIError as error:
         assert error.status == 400
         json.dumps(error.body())

@@ -119,3 +119,27 @@ def test_the_end_brings_what_was_held_back(held: str) -> None:
     output = OutputText(tokenizer.decode, stops=["END"])
     assert output.push([0, 1]).text == "a"
     assert output.flush().text == held
+
+
+def test_the_stop_string_stays_if_asked_for() -> None:
+    scanner = StopScanner(["END", "E"], keep_stop=True)
+    assert [scanner.push(text) for text in ("aE", "ND")] == ["aE", ""]
+    scanner = StopScanner(["END"], keep_stop=True)
+    assert [scanner.push(text) for text in ("aE", "ND tail")] == ["a", "END"]
+    assert scanner.stopped
+
+
+def test_stop_strings_count_after_min_tokens() -> None:
+    tokenizer = SplitTokenizer([b"STOP", b"ST", b"OP", b"never"])
+    output = OutputText(tokenizer.decode, stops=["STOP"], min_tokens=2)
+    assert output.push([0, 1]).text == "STOPST"
+    assert not output.push([2]).stopped
+    assert output.push([0]).stopped
+
+
+def test_offsets_are_where_a_tokens_text_begins() -> None:
+    tokenizer = SplitTokenizer([b"h", b"\xe2", b"\x82", b"\xac", b"STO", b"P", b"</s>"])
+    output = OutputText(tokenizer.decode, stops=["STOP"], silent_ids=[6])
+    assert output.push([6, 0, 1]).offsets == (0, 0, 1)
+    assert output.push([2, 3, 4]).offsets == (1, 1, 2)
+    assert output.push([5, 0]).offsets == (5,)

@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from prefill.block_allocator import BlockAllocator
+from prefill.block_pool import BlockPool
 from prefill.page_quality import EXACT, UNKNOWN, PageQuality
 
 Q1, Q2, Q3 = 0.001, 0.01, 0.1
@@ -90,11 +90,11 @@ def test_what_is_no_quality_is_a_bug(pages: PageQuality, kl: float) -> None:
 
 
 def test_a_tag_left_on_a_freed_block_is_found(pages: PageQuality) -> None:
-    allocator = BlockAllocator(4)
+    allocator = BlockPool(4)
     blocks = allocator.allocate(2)
     pages.filled(blocks, Q1)
     pages.check_integrity(allocator)
-    allocator.free(blocks)
+    allocator.release(blocks)
     with pytest.raises(AssertionError, match="was freed"):
         pages.check_integrity(allocator)
     pages.released(blocks)
@@ -111,7 +111,7 @@ class Pages(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.allocator = BlockAllocator(NUM_BLOCKS)
+        self.allocator = BlockPool(NUM_BLOCKS)
         self.pages = PageQuality()
         self.loaded: dict[int, float] = {}
         self.seen: dict[int, list[float]] = {}
@@ -156,7 +156,7 @@ class Pages(RuleBasedStateMachine):
     def release(self, blocks: list[int]) -> None:
         blocks = [block for block in blocks if block in self.used]
         self.pages.released(blocks)
-        self.allocator.free(blocks)
+        self.allocator.release(blocks)
         for block in blocks:
             self.used.remove(block)
             self.loaded.pop(block, None)

@@ -10,6 +10,7 @@ import pytest
 from cluster.config import ServeConfig, load_config, parse_bytes
 from cluster.policy import KNOWN_LEVELS, load_policy, parse_policy, why_unservable
 from cluster.yaml_file import ConfigError
+from decode.fair_share import TenantShare
 from decode.slo import SLOPolicy
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -26,6 +27,27 @@ def test_a_full_policy_in_seconds() -> None:
     assert parse_policy(text) == SLOPolicy(
         ttft_s=0.8, itl_s=0.0505, levels=("lossless", "q1", "q3"), floor="q1", allow_recompute=False
     )
+
+
+def test_shares_are_inherited_key_by_key() -> None:
+    text = (
+        "share: {max_requests: 8, max_kv_share: 0.5}\ntenants:\n  gold: {share: {weight: 3}}\n  free: {ttft_ms: 900}\n"
+    )
+    policy = parse_policy(text)
+    assert policy.share == TenantShare(max_requests=8, max_blocks_share=0.5)
+    assert policy.shares() == {
+        "gold": TenantShare(weight=3.0, max_requests=8, max_blocks_share=0.5),
+        "free": TenantShare(max_requests=8, max_blocks_share=0.5),
+    }
+
+
+@pytest.mark.parametrize(
+    "share",
+    ["{weight: 0}", "{weight: .inf}", "{max_requests: 0}", "{max_kv_share: 1.5}", "{max_kv_share: 0}", "{size: 1}"],
+)
+def test_a_share_that_makes_no_sense_is_named_with_its_line(share: str) -> None:
+    (problem,) = problems_of(f"tenants:\n  gold:\n    share: {share}\n")
+    assert problem.startswith("p.yaml:3:"), problem
 
 
 def test_an_empty_policy_is_the_default() -> None:

@@ -12,6 +12,7 @@ import pytest
 import cluster.launch
 from cluster.config import ServeConfig, load_config
 from cluster.launch import RunningCluster, policy_keeper
+from cluster.membership import Role, WorkerInfo
 from cluster.policy import load_policy
 from cluster.policy_reload import (
     POLICY_NUMBER,
@@ -22,7 +23,6 @@ from cluster.policy_reload import (
     stamp_of,
     workers_behind,
 )
-from cluster.routing import Role, WorkerInfo
 from decode.slo import SLOPolicy
 
 A, B, C = (FileStamp(mtime_ns=i, size_bytes=10) for i in range(3))

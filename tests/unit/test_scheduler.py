@@ -1,4 +1,4 @@
-"""Which rows a step computes: all running ones, then prompts by deadline within a budget, in order and once each."""
+"""Which rows a step computes: running ones, all or in turn, then prompts by urgency within a budget, once each."""
 
 from __future__ import annotations
 
@@ -7,16 +7,16 @@ import random
 import pytest
 
 from decode.requests import GenerationRequest
-from decode.scheduler import Phase, Row, Scheduler, Sequence
+from decode.scheduler import Phase, Row, Scheduler, SchedulingPolicy, Sequence
 
 
-def sequence(key: str, *, num_prompt: int = 10, deadline: float = 0.0, arrival: int = 0) -> Sequence:
+def sequence(key: str, *, num_prompt: int = 10, deadline: float = 0.0, arrival: int = 0, priority: int = 0) -> Sequence:
     request = GenerationRequest(request_id=key, token_ids=tuple(range(100, 100 + num_prompt)))
-    return Sequence(key=key, request=request, block_table=[], deadline=deadline, arrival=arrival)
+    return Sequence(key=key, request=request, block_table=[], deadline=deadline, arrival=arrival, priority=priority)
 
 
-def scheduler(*sequences: Sequence) -> Scheduler:
-    made = Scheduler()
+def scheduler(*sequences: Sequence, **policy) -> Scheduler:
+    made = Scheduler(SchedulingPolicy(**policy))
     for item in sequences:
         made.add(item)
     return made
@@ -116,11 +116,71 @@ def test_the_earliest_deadline_goes_first_then_the_first_come() -> None:
         working("second", 0, 8, deadline=1.0, arrival=3),
         working("first", 0, 8, deadline=1.0, arrival=2),
     )
-    assert spans(made.next_rows(20)) == [
+    assert spans(made.next_rows(24)) == [
         ("first", 0, 8, False),
         ("second", 0, 8, False),
-        ("late", 0, 4, False),
+        ("late", 0, 8, False),
     ]
+
+
+def test_the_more_urgent_level_goes_before_the_earlier_deadline() -> None:
+    made = scheduler(
+        working("soon", 0, 8, deadline=1.0, priority=1, arrival=1),
+        working("urgent", 0, 8, deadline=2.0, priority=0, arrival=2),
+        age_s=5.0,
+    )
+    assert [row.sequence.key for row in made.next_rows(100)] == ["urgent", "soon"]
+    waited = made.get("soon")
+    assert waited is not None
+    waited.waited_s = 5.0  # a level gained in the queue
+    assert [row.sequence.key for row in made.next_rows(100)] == ["soon", "urgent"]
+    assert made.work_before(made.get("urgent")) == [(0, 8)]  # type: ignore[arg-type]
+
+
+def test_a_piece_is_not_cut_below_the_minimum_unless_it_is_the_first_of_the_step() -> None:
+    made = scheduler(
+        working("long", 0, 100, arrival=1),
+        working("longer", 0, 200, arrival=2),
+        working("short", 0, 20, arrival=3),
+        min_slice_tokens=32,
+    )
+    assert spans(made.next_rows(131)) == [("long", 0, 100, False), ("short", 0, 20, False)]
+    assert spans(made.next_rows(132)) == [("long", 0, 100, False), ("longer", 0, 32, False)]
+    assert spans(made.next_rows(10)) == [("long", 0, 10, False)], "a small budget is better used than not"
+    assert spans(made.next_rows(0)) == []
+
+
+def test_more_running_sequences_than_rows_take_turns() -> None:
+    made = scheduler(*(running(str(i), 7) for i in range(7)), max_rows=3)
+    seen = [tuple(row.sequence.key for row in made.next_rows(0)) for _ in range(7)]
+    assert seen[:3] == [("0", "1", "2"), ("3", "4", "5"), ("0", "1", "6")]
+    for i in range(7 - 2):
+        assert len({key for keys in seen[i : i + 3] for key in keys}) == 7, "each within ceil(7 / 3) steps"
+
+
+def test_who_joins_does_not_push_in_and_a_held_one_takes_no_turn() -> None:
+    made = scheduler(*(running(str(i), 7) for i in range(4)), max_rows=2)
+    made.next_rows(0)
+    tail = working("new", 0, 10, phase=Phase.TAIL)
+    made.add(tail)
+    assert [row.sequence.key for row in made.next_rows(100)] == ["2", "3", "new"]
+    made.computed(Row(sequence=tail, start=0, stop=10, sample=True))
+    tail.phase, tail.output = Phase.RUNNING, [7]
+    assert [row.sequence.key for row in made.next_rows(0)] == ["0", "1"]
+    held = made.get("2")
+    assert held is not None
+    held.is_held = True
+    assert [row.sequence.key for row in made.next_rows(0)] == ["3", "new"]
+
+
+def test_a_row_of_a_preempted_sequence_runs_over_prompt_and_output() -> None:
+    item = sequence("a", num_prompt=3)
+    item.output = [7, 8, 9]
+    assert Row(sequence=item, start=1, stop=5, sample=False).token_ids() == [101, 102, 7, 8]
+    assert Row(sequence=item, start=3, stop=6, sample=True).token_ids() == [7, 8, 9]
+    assert Row(sequence=item, start=0, stop=3, sample=False).token_ids() == [100, 101, 102]
+    with pytest.raises(AssertionError):
+        Row(sequence=item, start=5, stop=7, sample=True).token_ids()
 
 
 @pytest.mark.parametrize(("budget", "stop", "samples"), [(4, 8, False), (6, 10, True), (100, 10, True)])

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from codec.profile import Promise
-from decode.tagged_pages import TaggedPages
-from prefill.block_allocator import BlockAllocator
+from decode.tagged_pages import PageTable, TaggedPages
+from prefill.block_pool import BlockPool, PoolExhausted
 from prefill.page_quality import PageQuality
 
 CHUNK = 32
@@ -22,9 +22,28 @@ def tagged_pages(num_blocks: int = 64) -> TaggedPages:
     profile = SimpleNamespace(
         level_names=(*KL, "q9"), promise={**{name: Promise(kl=kl) for name, kl in KL.items()}, "q9": Promise()}
     )
-    pool = SimpleNamespace(write=lambda *_: None)
-    runtime: Any = SimpleNamespace(pool=pool, allocator=BlockAllocator(num_blocks), profile=profile)
+    runtime: Any = SimpleNamespace(
+        pool=SimpleNamespace(write=lambda *_: None),
+        allocator=BlockPool(num_blocks),
+        profile=profile,
+        model=SimpleNamespace(fingerprint="f"),
+    )
     return TaggedPages(runtime, chunk_tokens=CHUNK)
+
+
+def private(pages: TaggedPages, num_tokens: int) -> PageTable:
+    """Pages that take nothing from others."""
+    return pages.begin(pages.chain([0] * num_tokens, ""), num_tokens, num_tokens, None)
+
+
+def begin(pages: TaggedPages, tokens: list[int], max_kl: float = 0.0, *, salt: str = "") -> PageTable:
+    return pages.begin(pages.chain(tokens, salt), len(tokens), len(tokens), max_kl)
+
+
+def compute(pages: TaggedPages, table: PageTable, stop: int) -> None:
+    """All that was not there."""
+    pages.computed(table.blocks, table.cached_tokens, stop)
+    pages.share(table, stop)
 
 
 def new_kv() -> torch.Tensor:
@@ -33,7 +52,8 @@ def new_kv() -> torch.Tensor:
 
 def test_the_answer_inherits_what_it_was_computed_on_and_the_chunks_rise() -> None:
     pages = tagged_pages()
-    table = pages.allocate(CHUNK + 20)
+    whole = private(pages, CHUNK + 20)
+    table = whole.blocks
     pages.loaded(table, 0, CHUNK, "q3")
     pages.computed(table, CHUNK, CHUNK + 5)  # the tail
     pages.refine(table, 0, new_kv(), new_kv(), "q1")
@@ -41,14 +61,14 @@ def test_the_answer_inherits_what_it_was_computed_on_and_the_chunks_rise() -> No
     assert pages.worst_kl(table, 0, CHUNK) == 0.01
     assert pages.worst_kl(table, CHUNK, CHUNK + 6) == 0.1
     pages.check_integrity([table])
-    pages.free(table)
+    pages.release(whole)
     pages.check_integrity([])
     assert pages.worst_kl([], 0, 0) == 0.0
 
 
 def test_a_level_that_promises_nothing_makes_all_above_it_unknown() -> None:
     pages = tagged_pages()
-    table = pages.allocate(2 * CHUNK + 1)
+    table = private(pages, 2 * CHUNK + 1).blocks
     pages.loaded(table, 0, CHUNK, "q9")
     pages.loaded(table, CHUNK, 2 * CHUNK, "q1")
     pages.computed(table, 2 * CHUNK, 2 * CHUNK + 1)
@@ -63,7 +83,7 @@ def test_a_look_at_each_block_finds_what_a_look_at_each_token_finds(seed: int) -
     pages, every_token = tagged_pages(), PageQuality()
     num_chunks, num_tail = rng.randrange(1, 5), rng.randrange(1, CHUNK + 1)
     first = num_chunks * CHUNK
-    table = pages.allocate(first + num_tail + 100)
+    table = private(pages, first + num_tail + 100).blocks
     levels = {}
     for chunk in range(num_chunks):
         blocks = table[2 * chunk : 2 * chunk + 2]
@@ -86,3 +106,111 @@ def test_a_look_at_each_block_finds_what_a_look_at_each_token_finds(seed: int) -
             every_token.refined(table[2 * chunk : 2 * chunk + 2], KL[level])
     for block in range(-(-steps[-1][1] // 16)):
         assert pages.worst_kl(table, 16 * block, 16 * block + 16) == every_token.worst([table[block]])
+
+
+# -- prefixes that are shared -------------------------------------------------------------------------------------
+
+PROMPT = list(range(100))
+
+
+def test_a_prefix_that_is_there_is_taken_and_its_last_token_is_computed() -> None:
+    pages = tagged_pages()
+    first = begin(pages, PROMPT)
+    assert first.cached_tokens == 0
+    compute(pages, first, 100)
+    second = begin(pages, PROMPT)
+    assert second.cached_tokens == 96 and second.blocks[:6] == first.blocks[:6]
+    assert begin(pages, PROMPT[:96]).cached_tokens == 80, "its last token has to be computed"
+    assert begin(pages, PROMPT[:50] + PROMPT[:50]).cached_tokens == 48
+    assert begin(pages, PROMPT, salt="other tenant").cached_tokens == 0
+    pages.release(first)
+    pages.release(second)
+    assert begin(pages, PROMPT + PROMPT).cached_tokens == 96, "also when nobody holds it any more"
+
+
+def test_what_was_generated_is_found_by_the_next_turn() -> None:
+    pages = tagged_pages()
+    table = pages.begin(pages.chain(PROMPT, ""), 100, 130, 0.0)
+    compute(pages, table, 100)
+    for token in range(30):
+        table.chain.extend([token])
+        pages.computed(table.blocks, 100 + token, 101 + token)
+        pages.share(table, 101 + token)
+    pages.release(table)
+    assert begin(pages, [*PROMPT, *range(30), 7, 7, 7]).cached_tokens == 128
+
+
+def test_worse_kv_than_the_floor_is_not_taken_and_better_takes_its_place() -> None:
+    pages = tagged_pages()
+    lossy = begin(pages, PROMPT, KL["q3"])
+    pages.loaded(lossy.blocks, 0, 3 * CHUNK, "q3")
+    pages.computed(lossy.blocks, 96, 100)
+    pages.share(lossy, 100)
+    assert begin(pages, PROMPT, KL["q3"]).cached_tokens == 96
+    strict = begin(pages, PROMPT, KL["q2"])
+    assert strict.cached_tokens == 0
+    pages.loaded(strict.blocks, 0, 2 * CHUNK, "lossless")
+    pages.share(strict, 2 * CHUNK)
+    later = begin(pages, PROMPT, KL["q3"])
+    assert later.cached_tokens == 64 and later.blocks[:4] == strict.blocks[:4]
+    pages.share(lossy, 100)
+    assert begin(pages, PROMPT, KL["q3"]).cached_tokens == 64, "what continued the worse one is not found again"
+
+
+def test_a_refined_prefix_is_good_for_stricter_requests() -> None:
+    pages = tagged_pages()
+    table = begin(pages, PROMPT, KL["q3"])
+    pages.loaded(table.blocks, 0, 3 * CHUNK, "q3")
+    pages.share(table, 96)
+    pages.refine(table.blocks, 0, new_kv(), new_kv(), "q1")
+    assert begin(pages, PROMPT, KL["q1"]).cached_tokens == CHUNK
+
+
+def test_a_level_that_promises_nothing_is_no_measure() -> None:
+    pages = tagged_pages()
+    assert pages.max_kl("q9") == 0.0 and pages.max_kl("q2") == KL["q2"]
+
+
+def test_two_that_computed_the_same_go_on_with_one_copy() -> None:
+    pages = tagged_pages()
+    one, two = begin(pages, PROMPT), begin(pages, PROMPT)
+    assert not set(one.blocks) & set(two.blocks)
+    compute(pages, one, 100)
+    compute(pages, two, 100)
+    assert two.blocks[:6] == one.blocks[:6] and two.blocks[6] != one.blocks[6]
+    pages.check_integrity([one.blocks, two.blocks])
+    for table in (one, two):
+        pages.release(table)
+    pages.check_integrity([])
+
+
+def test_who_wants_nothing_of_others_gives_nothing() -> None:
+    pages = tagged_pages()
+    table = pages.begin(pages.chain(PROMPT, ""), 100, 100, None)
+    compute(pages, table, 100)
+    assert begin(pages, PROMPT).cached_tokens == 0
+    assert pages.first_missing(pages.chain(PROMPT, ""), 100, None) is None
+
+
+def test_no_room_leaves_everything_as_it_was() -> None:
+    pages = tagged_pages(num_blocks=8)
+    table = begin(pages, PROMPT)
+    compute(pages, table, 100)
+    with pytest.raises(PoolExhausted):
+        begin(pages, PROMPT + PROMPT)
+    pages.check_integrity([table.blocks])
+    pages.release(table)
+    big = begin(pages, PROMPT + PROMPT[:28])
+    assert big.cached_tokens == 96, "its own prefix is not given away to make room for it"
+
+
+def test_pages_that_are_given_away_lose_their_tags() -> None:
+    pages = tagged_pages(num_blocks=8)
+    table = begin(pages, PROMPT, KL["q3"])
+    pages.loaded(table.blocks, 0, 96, "q3")
+    pages.share(table, 96)
+    pages.release(table)
+    other = begin(pages, [5] * 120)
+    compute(pages, other, 120)
+    assert pages.worst_kl(other.blocks, 0, 120) == 0.0
+    pages.check_integrity([other.blocks])

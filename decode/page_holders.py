@@ -1,0 +1,183 @@
+"""Who holds pages on a decode worker and who waits for them: admission, growth, preemption, the end.
+
+Around the scheduler, which decides, and the pages. The caller holds the worker's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+from decode.active_request import ActiveRequest
+from decode.scheduler import Phase, Scheduler, Sequence, Waiting
+from decode.tagged_pages import PageTable, TaggedPages
+from prefill.block_pool import PoolExhausted
+
+# Left free for each admitted request to grow into: without any, half of all requests are preempted where pages are
+# short (docs/scheduler.md).
+SPARE_BLOCKS = 2
+MAX_SEQUENCES = 256  # admitted at once; as many transfers as transport allows to one source
+
+
+class HolderOwner(Protocol):
+    """The decode worker. Called with the lock held."""
+
+    def admitted(self, key: str, sequence: Sequence | None, arrival: int, now: float) -> Sequence: ...
+    def begin_fill(self, sequence: Sequence, now: float) -> None: ...
+    def gives_up(self, sequence: Sequence) -> None: ...
+
+
+class PageHolders:
+    """`requests`: the worker's, by key; one is in there from before `submit` until after `ended`."""
+
+    def __init__(
+        self,
+        *,
+        owner: HolderOwner,
+        scheduler: Scheduler,
+        pages: TaggedPages,
+        requests: Mapping[str, ActiveRequest],
+    ) -> None:
+        self._owner, self._scheduler, self._pages, self._requests = owner, scheduler, pages, requests
+        self._ended: dict[str, tuple[Sequence, PageTable]] = {}  # but somebody still uses their pages
+        self._being_filled: dict[bytes, str] = {}  # blocks by key: the request that others wait for to have them
+        self._arrivals = 0
+        self._is_admitting, self._now = False, 0.0
+
+    def submit(self, key: str, *, deadline: float, now: float) -> None:
+        """A new request waits to be admitted. Raises QueueRefused."""
+        state = self._requests[key]
+        self._arrivals += 1
+        self._scheduler.add_waiting(
+            key,
+            arrival=self._arrivals,
+            now=now,
+            num_prompt=state.prompt_tokens,
+            max_tokens=state.request.sampling.max_tokens,
+            tenant=state.request.tenant,
+            priority=state.request.priority,
+            deadline=deadline,
+        )
+
+    def admit(self, now: float) -> None:
+        """Give pages to who is next, as long as there are some. A request whose prefix another one is just filling
+        waits for that: nothing is loaded or computed twice."""
+        if self._is_admitting:
+            return  # called from within by a request that ended at once; the loop below goes on
+        self._is_admitting, self._now = True, now
+        try:
+            while True:
+                waiting = self._scheduler.next_to_admit(now, self._take_pages, is_deferred=self._can_join)
+                if waiting is None:
+                    return
+                self._begin(waiting, now)
+        finally:
+            self._is_admitting = False
+
+    def _can_join(self, waiting: Waiting) -> bool:
+        """Whether what it needs first is on its way into the pages for another request, in a quality that will do."""
+        state = self._requests[waiting.key]
+        missing = self._pages.first_missing(state.chain, _num_to_fill(state, waiting), state.max_kl)
+        other = self._being_filled.get(missing) if missing is not None else None
+        if other is None:
+            return False
+        theirs, ours = self._requests[other].max_kl, state.max_kl
+        return theirs is not None and ours is not None and theirs <= ours
+
+    def _take_pages(self, waiting: Waiting) -> bool:
+        if len(self._scheduler) >= MAX_SEQUENCES:
+            return False
+        state = self._requests[waiting.key]
+        num_to_fill = _num_to_fill(state, waiting)
+        try:
+            state.pages = self._pages.begin(state.chain, num_to_fill, waiting.num_tokens, state.max_kl)
+        except PoolExhausted:
+            return False
+        if len(self._scheduler) and not self._pages.can_grow_by(SPARE_BLOCKS * (len(self._scheduler) + 1)):
+            self._pages.release(state.pages, self._now)
+            state.pages = None
+            return False
+        state.fill_tokens = num_to_fill
+        return True
+
+    def _begin(self, waiting: Waiting, now: float) -> None:
+        key, state = waiting.key, self._requests[waiting.key]
+        assert state.pages is not None
+        sequence = self._owner.admitted(key, waiting.sequence, waiting.arrival, now)
+        sequence.block_table = state.pages.blocks
+        self._scheduler.add(sequence, waiting)
+        for block in self._waited_for(state):
+            self._being_filled.setdefault(block, key)
+        self._owner.begin_fill(sequence, now)
+
+    def _waited_for(self, state: ActiveRequest) -> list[bytes]:
+        if state.pages is None or state.pages.max_kl is None:
+            return []
+        return self._pages.to_fill(state.pages, state.fill_tokens)
+
+    def filled(self, key: str) -> None:
+        """Nobody needs to wait for this request's pages any more: they are there, or will not come."""
+        for block in self._waited_for(self._requests[key]):
+            if self._being_filled.get(block) == key:
+                del self._being_filled[block]
+
+    def grow(self, sequence: Sequence, num_blocks: int) -> bool:
+        """So many pages more, if there are any."""
+        table = self._requests[sequence.key].pages
+        assert table is not None and table.blocks is sequence.block_table
+        try:
+            self._pages.grow_by(table, num_blocks)
+        except PoolExhausted:
+            return False
+        return True
+
+    def spill(self, sequence: Sequence, now: float) -> None:
+        """It was preempted: its pages are given back. They can be had again from the pages themselves, until somebody
+        else needs them, and from the store, after that."""
+        assert sequence.pins == 0 and sequence.phase is Phase.PREEMPTED
+        state = self._requests[sequence.key]
+        self._owner.gives_up(sequence)
+        self.filled(sequence.key)
+        assert state.pages is not None
+        self._pages.release(state.pages, now)
+        state.pages, sequence.block_table = None, []
+
+    def ended(self, key: str, now: float) -> None:
+        """It holds pages only as long as somebody still uses them."""
+        self.filled(key)
+        sequence, state = self._scheduler.remove(key), self._requests[key]
+        if sequence is not None and state.pages is not None:
+            sequence.work = None
+            self._ended[key] = sequence, state.pages
+            self.unpinned(sequence, now)
+
+    def is_in_use(self, key: str) -> bool:
+        return key in self._ended
+
+    def unpinned(self, sequence: Sequence, now: float) -> None:
+        """To be called whenever somebody is done with a sequence's pages."""
+        ended, pages = self._ended.get(sequence.key, (None, None))
+        if sequence.pins == 0 and ended is sequence:
+            assert pages is not None
+            del self._ended[sequence.key]
+            self._pages.release(pages, now)
+            self.admit(now)
+
+    def pinned(self, key: str) -> Sequence:
+        """The sequence whose pages somebody is using, also if it has ended."""
+        return self._scheduler.get(key) or self._ended[key][0]
+
+    def check_integrity(self) -> None:
+        self._scheduler.check_integrity()
+        admitted = self._scheduler.all()
+        held = [*admitted, *(sequence for sequence, _ in self._ended.values())]
+        self._pages.check_integrity(sequence.block_table for sequence in held)
+        filling = {sequence.key for sequence in admitted if sequence.phase is not Phase.RUNNING}
+        assert set(self._being_filled.values()) <= filling, "a block is waited for that nobody fills"
+        waiting = {waiting.key for waiting in self._scheduler.waiting()}
+        assert set(self._requests) == {sequence.key for sequence in admitted} | waiting
+
+
+def _num_to_fill(state: ActiveRequest, waiting: Waiting) -> int:
+    """Tokens that have to be in the pages before the next one is drawn."""
+    return state.prompt_tokens if waiting.sequence is None else waiting.sequence.num_tokens

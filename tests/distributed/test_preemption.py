@@ -1,0 +1,71 @@
+"""Requests that do not all fit the pages: they give way to each other, and every answer is what it would be alone."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+from pair import Pair, running_pair, until
+
+from decode.slo import SLOPolicy
+from prefill.store import ChunkStore
+
+CHUNK = 32
+NUM_BLOCKS = 64  # 1,024 tokens
+EXACT_ONLY = SLOPolicy(ttft_s=30.0, levels=("lossless",), floor="lossless", ceiling="lossless")
+
+
+def prompt(length: int, seed: int) -> list[int]:
+    rng = random.Random(seed)
+    return [rng.randrange(3, 512) for _ in range(length)]
+
+
+@pytest.fixture(params=["pages and store", "pages", "store", "neither"])
+def pair(request: pytest.FixtureRequest) -> Iterator[Pair]:
+    """Given up pages come back from the pages themselves as far as nobody has written to them, from the store, or are
+    computed again."""
+    with running_pair(
+        policy=EXACT_ONLY,
+        chunk_tokens=CHUNK,
+        num_blocks=NUM_BLOCKS,
+        prefix_caching="pages" in request.param,
+        store=ChunkStore(64 << 20) if "store" in request.param else None,
+    ) as running:
+        yield running
+        running.check()
+
+
+def test_answers_that_do_not_fit_together_are_those_of_each_alone(pair: Pair) -> None:
+    prompts = [prompt(190 + 4 * i, seed=i) for i in range(4)]
+    expected = [pair.reference(tokens, 150) for tokens in prompts]
+    bodies = [
+        pair.body(tokens, request_id=f"r{i}", max_tokens=150, with_source=i % 2 == 0)
+        for i, tokens in enumerate(prompts)
+    ]
+    answers = pair.ask_all(bodies)
+    assert [found for found, _ in answers] == expected
+    assert sum(receipt["preemptions"] for _, receipt in answers) > 0, "they were not to fit"
+    stats = pair.decode.stats()
+    assert stats["decode_preemptions_total"] == sum(receipt["preemptions"] for _, receipt in answers)
+    assert stats["decode_generated_tokens_total"] == 4 * 150, "no token is drawn twice"
+    for _, receipt in answers:
+        assert sum(receipt["ttft_parts_ms"].values()) == pytest.approx(receipt["ttft_ms"], abs=0.01)
+
+
+def test_a_preempted_request_that_is_cancelled_leaves_nothing(pair: Pair) -> None:
+    askings = [pair.begin(prompt(200, seed=10 + i), max_tokens=400, with_source=False) for i in range(4)]
+    until(lambda: any(waiting.sequence for waiting in pair.decode._scheduler.waiting()))
+    for asking in askings:
+        asking.leave()
+    until(lambda: not pair.decode._requests)
+
+
+def test_the_more_urgent_is_not_preempted(pair: Pair) -> None:
+    bodies = [
+        pair.body(prompt(150, seed=20 + i), request_id=f"p{i}", max_tokens=150, with_source=False, priority=i)
+        for i in range(4)
+    ]
+    answers = pair.ask_all(bodies)
+    assert [len(found) for found, _ in answers] == [150] * 4
+    assert answers[0][1]["preemptions"] == 0
