@@ -194,9 +194,7 @@ def test_a_row_that_sees_one_key_gets_its_value(kind) -> None:
 def test_many_query_heads_on_a_kv_head_make_smaller_items() -> None:
     case = Case(kernel, 40, layout("float32", 1, 16, 16), group=71)
     assert MAX_ROWS < 40 * 71
-    torch.testing.assert_close(
-        case.attend([40], RULES["plain"]), case.reference(RULES["plain"]), atol=2e-5, rtol=1e-4
-    )
+    torch.testing.assert_close(case.attend([40], RULES["plain"]), case.reference(RULES["plain"]), atol=2e-5, rtol=1e-4)
 
 
 def test_large_scores_do_not_overflow() -> None:
