@@ -35,6 +35,7 @@ from prefill.chunks import split_level  # noqa: E402
 SIZES = {"raw": 1_572_864, "lossless": 1_100_000, "q1": 138_000, "q2": 60_000, "q3": 22_000}
 NESTED = frozenset({"q1", "q2", "q3"})
 PART_BYTES = 64 * 1024
+TAIL_S = 0.03  # from the last chunk to the first token
 CHUNK_TOKENS, TOKEN_S, DECODE_S, TICK_S = 256, 2.5e-4, 0.004, 0.02
 NUM_CHUNKS = (13, 105, 400)
 BAR_CHUNKS = 105
@@ -105,7 +106,7 @@ class Fill:
             exact=frozenset(SIZES) - NESTED,
             refine_levels=scenario.refine_levels,
             deadline=scenario.ttft_s * num_chunks,
-            tail_s=0.03 if scenario.ttft_s else 0.0,
+            tail_s=TAIL_S if scenario.ttft_s else 0.0,
         )
         scheduler = LinkScheduler()
         self.machine = FillMachine(
@@ -207,6 +208,7 @@ class Fill:
                     self.later.append((self.now + CHUNK_TOKENS * TOKEN_S, ev.ChunkComputed(chunk=command.chunk)))
                 case ev.Ready():
                     self.num_ready += 1
+                    self.later.append((self.now + TAIL_S, ev.FirstToken()))
                 case ev.Fail():
                     raise AssertionError(f"the fill failed: {command.message}")
                 case ev.Open():
