@@ -1,4 +1,4 @@
-"""The world that scripts/bench_decision.py times decisions in: every fill of it ends, whatever the machine waits for."""
+"""The world that scripts/bench_decision.py times decisions in: every fill ends, whatever the machine waits for."""
 
 from __future__ import annotations
 
