@@ -56,7 +56,8 @@ class Server:
         file = folder / "serve.yaml"
         file.write_text(
             f"store_path: {folder / 'store'}\nkv_blocks: 1024\nnum_prefill: 1\nnum_decode: 1\n"
-            "policy: {ttft_ms: 0, levels: [lossless], floor: lossless, ceiling: lossless}\n"
+            # never: a machine that computes a chunk sooner than it loads one would compute, and show nothing
+            "policy: {ttft_ms: 0, levels: [lossless], floor: lossless, ceiling: lossless, recompute: never}\n"
         )
         command = [
             sys.executable,
