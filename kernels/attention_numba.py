@@ -19,9 +19,9 @@ from __future__ import annotations
 from functools import cache
 from typing import Any
 
-import llvmlite.binding
 import numpy as np
 from numba import carray, cfunc, njit
+from numba.core.registry import cpu_target
 
 from kernels.attention_simd import (
     BLOCK_SIZES,
@@ -31,19 +31,18 @@ from kernels.attention_simd import (
     copy_row,
     pack_keys,
     pack_values,
-    pointer,
     prefetch,
     score,
     softmax,
     softmax_capped,
     store_row,
-    take_ticket,
     weigh_16,
     weigh_64,
 )
+from kernels.vector_math import has_bf16, pointer, take_ticket
 
-# What the steps' files hold: numba's cache watches this file only (a test keeps it up to date).
-STEPS = "b2204d45201a90b9"
+# What the files of steps hold: numba's cache watches this file only (a test keeps it up to date).
+STEPS = "841f3a00569a48d5"
 STRIP = 64  # keys whose scores are computed at once
 MAX_ROWS = 192  # of an item: its sums stay in L2, and packing a tile is a few percent of the work on it
 ITEM_FIELDS = (
@@ -52,8 +51,8 @@ ITEM_FIELDS = (
 
 
 def has_bf16_products() -> bool:
-    """Whether this CPU multiplies pairs of bf16 numbers (AVX512-BF16)."""
-    return bool(llvmlite.binding.get_host_cpu_features().get("avx512bf16", False))
+    """Whether the CPU multiplies pairs of bf16 numbers (AVX512-BF16)."""
+    return has_bf16(cpu_target.target_context)
 
 
 @njit(nogil=True, cache=True)

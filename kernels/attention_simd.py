@@ -9,17 +9,28 @@ are computed beside it, nor on words of 0 behind the last.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
 
 from llvmlite import ir
 from numba import types
 from numba.core import cgutils
-from numba.extending import intrinsic
 
-from kernels.rans_simd import LANES, Lanes, Step, f32, i64, step, u16, u32
+from kernels.rans_simd import LANES, Lanes, Step, has_avx512, i64, step, u16, u32
+from kernels.vector_math import (
+    across,
+    bf16x32,
+    constant,
+    exp2,
+    f32x16,
+    fma,
+    for_sixteens,
+    from_bf16,
+    load_float,
+    tanh,
+    to_bf16,
+    u16x16,
+    u32x16,
+)
 
-# 2**f for |f| <= 1/2, 1 + f * (...): least relative error (9e-8) of degree 5.
-EXP2 = (0.6931469775373723, 0.24022242043946807, 0.05550733832432385, 0.009671514539242195, 0.0013264700309122154)
 LEAST_EXPONENT = -1e20  # of a row that saw nothing yet: below every real one, above HIDDEN
 HIDDEN = -1e30
 TILE = 256  # keys
@@ -27,46 +38,7 @@ BLOCK_SIZES = (6, 4, 2, 1)  # query rows: 6 x 4 vectors of sums and 4 of the oth
 STATE = 3  # numbers a row keeps between tiles: its exponent m, its total, what to multiply its old sums with
 
 
-class _BFloat(ir.Type):
-    """llvmlite has no bf16 of its own."""
-
-    def __str__(self) -> str:
-        return "bfloat"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _BFloat)
-
-    def __hash__(self) -> int:
-        return hash(_BFloat)
-
-
-bf16 = _BFloat()
-f32x16, u32x16, u16x16 = (ir.VectorType(kind, LANES) for kind in (f32, u32, u16))
-bf16x16, bf16x32 = ir.VectorType(bf16, LANES), ir.VectorType(bf16, 2 * LANES)
-
-
-def _constant(kind: ir.VectorType, values: Any) -> ir.Constant:
-    values = [values] * LANES if isinstance(values, int | float) else values
-    return ir.Constant(kind, [ir.Constant(kind.element, value) for value in values])
-
-
-def _fma(s: Step, x: ir.Value, y: ir.Value, z: ir.Value) -> ir.Value:
-    return s.call("llvm.fma.v16f32", f32x16, x, y, z)
-
-
-def _load(s: Step, array: ir.Value, index: ir.Value, kind: ir.VectorType, align: int) -> ir.Value:
-    return s.builder.load(s.pointer(array, index, kind), align=align)
-
-
 # -- packing: 16 neighbours become words ------------------------------------------------------------------------------
-
-
-def _float_words(s: Step, array: ir.Value, index: ir.Value, count: ir.Value | None) -> ir.Value:
-    """16 numbers (float32, or bf16 as u16) as float32; only the first `count` are touched, 0 behind them."""
-    lanes = s.load(array, index) if count is None else s.load_leading(array, index, count)
-    if lanes.value.type == f32x16:
-        return lanes.value
-    return s.builder.bitcast((lanes.to(u32, "zext") << 16).value, f32x16)
 
 
 def _transpose(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
@@ -75,7 +47,7 @@ def _transpose(b: ir.IRBuilder, rows: list[ir.Value]) -> list[ir.Value]:
     while size:
         low = [lane if not lane & size else LANES + lane - size for lane in range(LANES)]
         high = [lane + size if not lane & size else LANES + lane for lane in range(LANES)]
-        low_mask, high_mask = (_constant(u32x16, lanes) for lanes in (low, high))
+        low_mask, high_mask = (constant(u32x16, lanes) for lanes in (low, high))
         for i in range(LANES):
             if not i & size:
                 first, second = rows[i], rows[i + size]
@@ -93,16 +65,6 @@ def _rows(
     return [b.mul(b.add(b.mul(s.element(slots, s.add(first, i)), heads), head), dim) for i in range(count)]
 
 
-def _for_sixteens(s: Step, count: ir.Value, emit: Callable[[ir.Value, ir.Value | None], None]) -> None:
-    """emit(at, None) for each whole 16 of `count`, then emit(at, left) if some are left."""
-    b = s.builder
-    with cgutils.for_range(b, b.lshr(count, i64(4))) as loop:
-        emit(b.shl(loop.index, i64(4)), None)
-    rest = b.and_(count, i64(LANES - 1))
-    with b.if_then(b.icmp_signed(">", rest, i64(0))):
-        emit(b.sub(count, rest), rest)
-
-
 @step(types.void)
 def pack_keys(s: Step, pages, slots, first, heads, head, dim, words):
     """16 keys, those in slots[first : first + 16], become columns `first ..` of `words` [depth, 256]."""
@@ -118,11 +80,11 @@ def pack_keys(s: Step, pages, slots, first, heads, head, dim, words):
                 index = b.add(b.lshr(start, i64(1)), at)
                 vectors.append((s.load(pairs, index) if left is None else s.load_leading(pairs, index, left)).value)
             else:
-                vectors.append(_float_words(s, pages, b.add(start, at), left))
+                vectors.append(load_float(s, pages, b.add(start, at), left))
         for i, vector in enumerate(_transpose(b, vectors)):
             s.store(Lanes(b, vector), words, b.mul(s.add(at, i), i64(TILE)), first)
 
-    _for_sixteens(s, b.lshr(dim, i64(1)) if paired else dim, sixteen_words)
+    for_sixteens(s, b.lshr(dim, i64(1)) if paired else dim, sixteen_words)
 
 
 @step(types.void)
@@ -142,10 +104,10 @@ def pack_values(s: Step, pages, slots, first, heads, head, dim, words, width):
                 low, high = (lanes.to(u32, "zext") for lanes in loaded)
                 value = (low | (high << 16)).value
             else:
-                value = _float_words(s, pages, b.add(starts[i], at), left)
+                value = load_float(s, pages, b.add(starts[i], at), left)
             s.store(Lanes(b, value), words, b.mul(s.add(target, i), width), at)
 
-    _for_sixteens(s, dim, sixteen_columns)
+    for_sixteens(s, dim, sixteen_columns)
 
 
 @step(types.void)
@@ -160,7 +122,7 @@ def copy_row(s: Step, source, source_at, count, target, target_at):
             lanes = s.load_leading(source, b.add(source_at, at), left)
             s.store_leading(lanes, target, b.add(target_at, at), left)
 
-    _for_sixteens(s, count, sixteen)
+    for_sixteens(s, count, sixteen)
 
 
 @step(types.void)
@@ -183,20 +145,29 @@ def prefetch(s: Step, pages, slots, first, heads, head, dim):
 def _product(
     s: Step, a, a_at, a_width, b_, b_at, b_width, depth, c, c_at, c_width, rows, vectors, rescale=None
 ) -> None:
-    """c[r, :] = sum over words of a[r, word] * b[word, :] for `rows` rows and `vectors` vectors of columns; all sums
-    stay in registers. With `rescale`, a factor a row: c[r, :] * factor + the sum."""
+    """c[r, :] = sum over words of a[r, word] * b[word, :] for `rows` rows and `vectors` vectors of columns. With
+    `rescale`, a factor a row: c[r, :] * factor + the sum."""
+    # All registers: 6 x 4 sums in 32 of 512 bits, 6 x 1 in 16 of 256.
+    together = vectors if has_avx512(s.context) else 1
+    for first in range(0, vectors, together):
+        _columns(s, a, a_at, a_width, b_, b_at, b_width, depth, c, c_at, c_width, rows, first, together, rescale)
+
+
+def _columns(
+    s: Step, a, a_at, a_width, b_, b_at, b_width, depth, c, c_at, c_width, rows, first, vectors, rescale
+) -> None:
     b = s.builder
     lines = [b.add(a_at, b.mul(a_width, i64(r))) for r in range(rows)]
 
     def add_word(word: ir.Value, *sums: ir.Value) -> Sequence[ir.Value]:
         line = b.add(b_at, b.mul(word, b_width))
-        columns = [s.load(b_, line, v * LANES).value for v in range(vectors)]
+        columns = [s.load(b_, line, (first + v) * LANES).value for v in range(vectors)]
         factors = [s.spread(s.element(a, b.add(at, word))).value for at in lines]
         return [_multiply_add(s, factors[i // vectors], columns[i % vectors], total) for i, total in enumerate(sums)]
 
-    sums = s.loop(depth, [_constant(f32x16, 0.0)] * (rows * vectors), add_word)
+    sums = s.loop(depth, [constant(f32x16, 0.0)] * (rows * vectors), add_word)
     for i, total in enumerate(sums):
-        row, at = i // vectors, i % vectors * LANES
+        row, at = i // vectors, (first + i % vectors) * LANES
         target = s.add(c_at, b.mul(c_width, i64(row)), at)
         if rescale is not None:
             total = s.load(c, target).fmul(s.spread(rescale[row])).fadd(Lanes(b, total)).value
@@ -205,7 +176,7 @@ def _product(
 
 def _multiply_add(s: Step, x: ir.Value, y: ir.Value, total: ir.Value) -> ir.Value:
     if x.type == f32x16:
-        return _fma(s, x, y, total)
+        return fma(s, x, y, total)
     b = s.builder
     pairs = (b.bitcast(operand, bf16x32) for operand in (x, y))
     return s.call("llvm.x86.avx512bf16.dpbf16ps.512", f32x16, total, *pairs)
@@ -264,33 +235,6 @@ def weigh_16(s: Step, rows, weights, depth, values, column, width, sums, sums_at
 # -- softmax ----------------------------------------------------------------------------------------------------------
 
 
-def _exp2(s: Step, x: ir.Value) -> ir.Value:
-    """2**x for x <= 127, lane by lane; 0 below -126."""
-    b = s.builder
-    least = _constant(f32x16, -126.0)
-    is_small = b.fcmp_ordered("<", x, least)
-    x = b.select(is_small, least, x)
-    whole = s.call("llvm.rint.v16f32", f32x16, x)
-    rest = b.fsub(x, whole)
-    result = _constant(f32x16, EXP2[-1])
-    for factor in (*reversed(EXP2[:-1]), 1.0):
-        result = _fma(s, result, rest, _constant(f32x16, factor))
-    exponent = b.shl(b.fptosi(whole, u32x16), _constant(u32x16, 23))
-    result = b.bitcast(b.add(b.bitcast(result, u32x16), exponent), f32x16)
-    return b.select(is_small, _constant(f32x16, 0.0), result)
-
-
-def _across(s: Step, x: ir.Value, combine: Any) -> ir.Value:
-    """All lanes combined, in an order that is always the same."""
-    b = s.builder
-    distance = LANES // 2
-    while distance:
-        turned = b.shuffle_vector(x, x, _constant(u32x16, [(lane + distance) % LANES for lane in range(LANES)]))
-        x = combine(x, turned)
-        distance //= 2
-    return x
-
-
 def _softmax(
     s: Step, scores, at, first, stop, groups, rule, weights, weights_at, state, state_at, capped: bool
 ) -> None:
@@ -298,15 +242,15 @@ def _softmax(
     of 2**m, and state (m, total, factor for what was summed before) moves on. rule: factor, the cap's two factors."""
     b = s.builder
     larger = lambda x, y: b.select(b.fcmp_ordered(">", x, y), x, y)  # noqa: E731
-    lane = _constant(u32x16, range(LANES))
+    lane = constant(u32x16, range(LANES))
     first_lane, stop_lane = (s.spread(b.trunc(number, u32)).value for number in (first, stop))
-    hidden = _constant(f32x16, HIDDEN)
+    hidden = constant(f32x16, HIDDEN)
 
     def hide(group: ir.Value, most: ir.Value) -> Sequence[ir.Value]:
         index = b.shl(group, i64(4))
         value = s.load(scores, at, index).value
         if capped:
-            value = _tanh(s, b.fmul(value, s.spread(s.element(rule, 1)).value))
+            value = tanh(s, b.fmul(value, s.spread(s.element(rule, 1)).value))
         key = b.add(lane, s.spread(b.trunc(index, u32)).value)
         is_seen = b.and_(b.icmp_signed(">=", key, first_lane), b.icmp_signed("<", key, stop_lane))
         value = b.select(is_seen, value, hidden)
@@ -329,7 +273,7 @@ def _softmax(
         phi.add_incoming(of_whole, after_whole)
         phi.add_incoming(of_part, after_part)
         most = phi
-    most = _across(s, most, larger)
+    most = across(s, most, larger)
     factor = s.spread(s.element(rule, 2 if capped else 0)).value
     old = s.spread(s.element(state, state_at)).value
     m = s.call("llvm.ceil.v16f32", f32x16, b.fmul(most, factor))
@@ -338,32 +282,23 @@ def _softmax(
 
     def weigh(group: ir.Value, total: ir.Value) -> Sequence[ir.Value]:
         index = b.shl(group, i64(4))
-        weight = _exp2(s, _fma(s, s.load(scores, at, index).value, factor, minus_m))
+        weight = exp2(s, fma(s, s.load(scores, at, index).value, factor, minus_m))
         if weights.type.pointee == u32:
             # The total is one of the weights as they are used: a row that sees one key gets its value, bit for bit.
-            short = b.bitcast(b.fptrunc(weight, bf16x16), u16x16)
+            short = to_bf16(s, weight)
             target = s.pointer(weights, s.add(weights_at, b.shl(group, i64(3))), u16x16)
             b.store(short, target, align=4)
-            weight = b.bitcast(b.shl(b.zext(short, u32x16), _constant(u32x16, 16)), f32x16)
+            weight = from_bf16(s, short)
         else:
             s.store(Lanes(b, weight), weights, weights_at, index)
         return [b.fadd(total, weight)]
 
-    total = _across(s, s.loop(groups, [_constant(f32x16, 0.0)], weigh)[0], b.fadd)
-    rescale = _exp2(s, b.fsub(old, m))
+    total = across(s, s.loop(groups, [constant(f32x16, 0.0)], weigh)[0], b.fadd)
+    rescale = exp2(s, b.fsub(old, m))
     old_total = s.spread(s.element(state, s.add(state_at, 1))).value
     total = b.fadd(b.fmul(old_total, rescale), total)
     for i, value in enumerate((m, total, rescale)):
         s.set_element(b.extract_element(value, u32(0)), state, s.add(state_at, i))
-
-
-def _tanh(s: Step, x: ir.Value) -> ir.Value:
-    """1 - 2 / (e**2x + 1), with an absolute error of some 1e-7."""
-    b = s.builder
-    one, two, most = (_constant(f32x16, number) for number in (1.0, 2.0, 60.0))
-    power = b.fmul(x, _constant(f32x16, 2.8853900817779268))
-    power = b.select(b.fcmp_ordered("<", power, most), power, most)
-    return b.fsub(one, b.fdiv(two, b.fadd(_exp2(s, power), one)))
 
 
 @step(types.void)
@@ -385,31 +320,10 @@ def store_row(s: Step, sums, at, dim, total, total_at, out, out_at):
     def sixteen(index: ir.Value, left: ir.Value | None) -> None:
         value = s.load(sums, at, index).fdiv(divisor)
         if out.type.pointee == u16:
-            value = Lanes(b, b.bitcast(b.fptrunc(value.value, bf16x16), u16x16))
+            value = Lanes(b, to_bf16(s, value.value))
         if left is None:
             s.store(value, out, out_at, index)
         else:
             s.store_leading(value, out, b.add(out_at, index), left)
 
-    _for_sixteens(s, dim, sixteen)
-
-
-@intrinsic
-def take_ticket(typing, counter):  # type: ignore[no-untyped-def]
-    """counter[0] += 1, atomically; its value before."""
-
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        data = context.make_array(signature.args[0])(context, builder, args[0]).data
-        return builder.atomic_rmw("add", data, i64(1), "monotonic")
-
-    return types.int64(counter), emit
-
-
-@intrinsic
-def pointer(typing, address):  # type: ignore[no-untyped-def]
-    """An address as what `carray` takes."""
-
-    def emit(context, builder, signature, args):  # type: ignore[no-untyped-def]
-        return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
-
-    return types.voidptr(types.int64), emit
+    for_sixteens(s, dim, sixteen)

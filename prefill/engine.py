@@ -18,6 +18,7 @@ from kernels.attention import TILE_TOKENS
 from kernels.row_invariance import MULTIPLES, ROW_COUNTS, Product, cancelling_example, least_row_multiple
 from prefill.attention import Batch, Span
 from prefill.block_pool import BlockPool, blocks_for
+from prefill.fusions import fuse_for_cpu
 from prefill.kv_layout import KVLayout
 from prefill.model import LoadedModel
 from prefill.packed_linear import PackedLinear, pack_linears, pack_weight, packed_product
@@ -61,6 +62,7 @@ class Engine:
         assert pool.layout == model.layout, (pool.layout, model.layout)
         self.model = model
         self.pool = pool
+        fuse_for_cpu(model.model)
         pack_linears(model.model)
         if row_multiple is None:
             row_multiple = measured_row_multiple(model, attention=pool.uses_torch_products)

@@ -3,15 +3,12 @@ and prefill/cpu_attention.py with kernels/attention_numba.py, with pairs of bf16
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from kernels import attention_numba
 from kernels.attention import HIDDEN_BIAS, TILE_TOKENS, merge_tiles, tile_partials
 from kernels.attention_numba import MAX_ROWS, has_bf16_products
 from kernels.attention_reference import attention_reference
@@ -202,16 +199,6 @@ def test_large_scores_do_not_overflow() -> None:
     case.q *= 1e4
     rule = AttentionRule(scale=10.0, window=None, softcap=None)
     torch.testing.assert_close(case.attend([300], rule), case.reference(rule), atol=1e-4, rtol=1e-4)
-
-
-def test_numba_forgets_its_cache_when_a_step_changes() -> None:
-    """Its cache watches the file of the outermost function only. So that file names the steps' files by what they hold:
-    put the new value into STEPS when this fails."""
-    folder = Path(attention_numba.__file__).parent
-    digest = hashlib.sha256()
-    for name in ("attention_simd.py", "rans_simd.py"):
-        digest.update((folder / name).read_bytes())
-    assert digest.hexdigest()[:16] == attention_numba.STEPS
 
 
 def test_a_tile_with_nothing_visible_changes_no_bit() -> None:
