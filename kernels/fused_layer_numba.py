@@ -26,7 +26,7 @@ from kernels.openmp import run_on_threads
 from kernels.rans_simd import LANES, Lanes, Step, i64, step
 from kernels.vector_math import across, constant, exp2, f32x16, fma, from_bf16, pointer, take_ticket, to_bf16
 
-# What the files of steps hold: numba\'s cache watches this file only (a test keeps it up to date).
+# What the files of steps hold: numba's cache watches this file only (a test keeps it up to date).
 STEPS = "841f3a00569a48d5"
 # One call as its threads find it in memory: addresses of flat arrays, `factors` [2] float32 (C and epsilon).
 CALL = np.dtype([(name, np.int64) for name in "x y out rows channels counter factors".split()])
