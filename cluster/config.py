@@ -109,6 +109,10 @@ class ServeFile(BaseModel):
     )
     model_name: str | None = Field(default=None, description="What clients call it. Default: the folder's name.")
     dtype: Literal["bfloat16", "float32"] = Field(default="bfloat16", description="What the model computes in.")
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto",
+        description="Where workers compute: cpu, cuda, or auto, which is a GPU wherever there is one for every worker.",
+    )
     num_prefill: int = Field(default=1, ge=0, le=1024, description="Workers that turn prompts into KV.")
     num_decode: int = Field(default=1, ge=1, le=1024, description="Workers that turn KV into tokens.")
     threads: int | None = Field(

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import signal
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,7 @@ def _start(config: ServeConfig) -> RunningCluster:
     _check_room(config)
     client_keys, make_server_keys = _keys(enabled=not is_local and not config.insecure)
     threads = config.threads or _threads(config)
+    gpus = gpus_each(config.device, ray.nodes())
     environment = {"env_vars": {**ENVIRONMENT, **limit_threads(threads)}}
     # Gateway and controller stay on the launcher's node: `host` and `port` are an address of this machine.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -174,6 +176,7 @@ def _start(config: ServeConfig) -> RunningCluster:
         "num_blocks": config.kv_blocks,
         "kv_memory_bytes": config.kv_memory,
         "threads": threads,
+        "device": config.device if gpus else "cpu",
     }
     actor = ray.remote(WorkerActor)
     workers: dict[str, Any] = {}
@@ -194,7 +197,7 @@ def _start(config: ServeConfig) -> RunningCluster:
                     "kv_bind": _bind(WorkerLink(), is_local),
                 }
             workers[worker_id] = actor.options(
-                num_cpus=0, resources={role: 1}, max_restarts=-1, runtime_env=environment
+                num_cpus=0, num_gpus=gpus, resources={role: 1}, max_restarts=-1, runtime_env=environment
             ).remote(
                 role=role,
                 worker_id=worker_id,
@@ -256,6 +259,26 @@ def _threads(config: ServeConfig) -> int:
         if node["Alive"] and num_workers:
             shares.append(int(resources.get("CPU", 1) // num_workers))
     return max(1, min(shares, default=1))
+
+
+def gpus_each(device: str, nodes: Sequence[dict[str, Any]]) -> float:
+    """How many GPUs a worker gets from Ray: one, or the same share of one on every node (as `ray.nodes` lists them)
+    that takes workers; 0: they compute on CPUs. Raises StartRefused."""
+    if device == "cpu":
+        return 0.0
+    shares = []
+    for node in nodes:
+        resources = node["Resources"]
+        num_workers = resources.get("prefill", 0) + resources.get("decode", 0)
+        if node["Alive"] and num_workers:
+            shares.append(min(1.0, resources.get("GPU", 0) / num_workers))
+    least = min(shares, default=0.0)
+    if device == "cuda" and not least:
+        raise StartRefused(
+            "device cuda was asked for and Ray knows of no GPU on some node that takes workers: look at `nvidia-smi` "
+            "and `ray status` there, or use device cpu (or auto)"
+        )
+    return math.floor(least * 1e4) / 1e4  # Ray counts ten-thousandths
 
 
 def _keys(*, enabled: bool) -> tuple[CurveKeys | None, Any]:

@@ -16,6 +16,7 @@ Whatever a graph cannot do (prefill chunks, more rows, longer contexts) is `None
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -28,8 +29,15 @@ from prefill.attention import AttentionRule, Span
 from prefill.cuda_attention import DecodePages, NewRows, RowPlan
 from prefill.model import LoadedModel
 
+log = logging.getLogger("kvstream.engine")
+
 # What makes a run replayable: given a run that writes its result to the same place each time, another that repeats it.
 Capture = Callable[[Callable[[], None]], Callable[[], None]]
+
+
+# What `graphs_for` takes: rows of the largest graph, and memory for partial results.
+MAX_ROWS = 64
+MAX_ROOM_BYTES = 512 << 20
 
 
 class DecodeSlice(Protocol):
@@ -217,6 +225,43 @@ class DecodeGraphs:
             return paged.Partials(self._room.m[:rows], self._room.total[:rows], self._room.out[:rows])
 
         return room
+
+
+class PoolSize(Protocol):
+    """What is needed of a pool."""
+
+    num_blocks: int
+    block_tokens: int
+
+
+def graphs_for(
+    model: LoadedModel,
+    pages: DecodePages,
+    pool: PoolSize,
+    *,
+    row_multiple: int = 1,
+    max_rows: int = MAX_ROWS,
+    capture: Capture | None = None,
+) -> DecodeGraphs | None:
+    """Recorded, for as many rows and as long contexts as the pool and `MAX_ROOM_BYTES` hold; steps beyond run eagerly.
+    None, with a warning, for a model that cannot be recorded: one that looks at a value on the GPU to go on."""
+    layout = model.layout
+    max_rows = max(padded_rows(1, row_multiple, 1 << 30) or 1, min(max_rows, pool.num_blocks))
+    # Query heads: what the model's attention will hand over; an upper bound is enough for the room.
+    heads = int(model.model.config.num_attention_heads)
+    slot_bytes = max_rows * heads * (layout.head_dim_v + 2) * 4
+    slots = max(1, MAX_ROOM_BYTES // slot_bytes - 1)
+    max_context = min(model.max_context, pool.num_blocks * pool.block_tokens, slots * pages.config.split_tokens)
+    graphs = DecodeGraphs(
+        model, pages, pool.block_tokens, max_rows=max_rows, max_context=max_context, row_multiple=row_multiple,
+        capture=capture,
+    )  # fmt: skip
+    try:
+        graphs.record()
+    except RuntimeError as error:  # CUDA's word for everything that a capture does not permit
+        log.warning("decode steps are not recorded and take longer: %s", str(error).splitlines()[0])
+        return None
+    return graphs
 
 
 def cuda_capture() -> Capture:

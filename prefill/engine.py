@@ -6,10 +6,11 @@ caller's business. Not thread-safe: one engine, one thread.
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +19,18 @@ from kernels.attention import TILE_TOKENS
 from kernels.row_invariance import MULTIPLES, ROW_COUNTS, Product, cancelling_example, least_row_multiple
 from prefill.attention import Batch, Span
 from prefill.block_pool import BlockPool, blocks_for
+from prefill.compute_device import completed
 from prefill.fusions import fuse_for_cpu
 from prefill.kv_layout import KVLayout
 from prefill.model import LoadedModel
 from prefill.packed_linear import PackedLinear, pack_linears, pack_weight, packed_product
+
+if TYPE_CHECKING:  # these bring Triton along, which takes a while and is for GPUs
+    from prefill.cuda_attention import DecodePages
+    from prefill.decode_graphs import Capture, DecodeGraphs
+
+
+log = logging.getLogger("kvstream.engine")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,10 +53,13 @@ class SliceInvalid(ValueError):
 
 class PagePool(Protocol):
     """What the engine needs of a pool: kv_pool.py's, or one of quantized pages. `uses_torch_products`: whether
-    attention's sums are torch's, whose order may depend on the number of rows."""
+    attention's sums are torch's, whose order may depend on the number of rows. `decode_pages`: the pages as kernels for
+    GPUs see them; None where attention is another's."""
 
     layout: KVLayout
+    num_blocks: int
     block_tokens: int
+    decode_pages: DecodePages | None
 
     @property
     def uses_torch_products(self) -> bool: ...
@@ -56,27 +68,55 @@ class PagePool(Protocol):
 
 class Engine:
     """`row_multiple`: every matrix product sees a multiple of so many rows, because from there on a row's bits do
-    not depend on the others. Found by measuring when it is not given."""
+    not depend on the others. Found by measuring when it is not given; 1 on a GPU, where nothing of the kind is promised
+    (docs/gpu-engine.md). `capture`: how decode steps are recorded; None: as CUDA graphs on a GPU, and nowhere else.
+    `is_fused`: puts kernels of ours in place of some of the model's modules, where they give the same; False is for
+    comparing."""
 
-    def __init__(self, model: LoadedModel, pool: PagePool, *, row_multiple: int | None = None) -> None:
+    def __init__(
+        self,
+        model: LoadedModel,
+        pool: PagePool,
+        *,
+        row_multiple: int | None = None,
+        capture: Capture | None = None,
+        is_fused: bool = True,
+    ) -> None:
         assert pool.layout == model.layout, (pool.layout, model.layout)
         self.model = model
         self.pool = pool
-        fuse_for_cpu(model.model)
-        pack_linears(model.model)
+        is_on_gpu = model.device.type == "cuda"
+        if is_fused:
+            fuse_for(model)
         if row_multiple is None:
-            row_multiple = measured_row_multiple(model, attention=pool.uses_torch_products)
+            row_multiple = 1 if is_on_gpu else measured_row_multiple(model, attention=pool.uses_torch_products)
         self.row_multiple = row_multiple
-        pool.make_batch([], row_multiple)  # compiles what was not compiled yet: never in a request
+        self.num_replayed = 0  # steps that were a graph's
+        self._graphs: DecodeGraphs | None = None
+        # What was not compiled or recorded yet is now: never in a request.
+        pool.make_batch([], row_multiple)
+        if pool.decode_pages is not None and (is_on_gpu or capture is not None):
+            from prefill.decode_graphs import graphs_for
+
+            self._graphs = graphs_for(model, pool.decode_pages, pool, row_multiple=row_multiple, capture=capture)
 
     def forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
         """Compute all slices in one pass, write their KV into the pages, and return the logits after the last
         token of each slice that asked for them, or after each of its tokens: float32 [rows, vocab], in the order of
-        the slices. Raises `SliceInvalid`."""
+        the slices, on the model's device, which has then done it all. Raises `SliceInvalid`."""
+        with completed(self.model.device):
+            return self._forward(slices)
+
+    def _forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
         spans = self._spans(slices)
         wanted = [row for span, item in zip(spans, slices, strict=True) for row in _wanted_rows(span, item)]
         if not spans:
-            return torch.empty(0, self.model.vocab_size)
+            return torch.empty(0, self.model.vocab_size, device=self.model.device)
+        if self._graphs is not None and len(wanted) == len(slices):
+            logits = self._graphs.forward(slices)
+            if logits is not None:
+                self.num_replayed += 1
+                return logits
         batch = self.pool.make_batch(spans, self.row_multiple)
         ids = self._padded([token for s in slices for token in s.token_ids])
         positions = self._padded([position for span in spans for position in range(span.start, span.stop)])
@@ -84,7 +124,7 @@ class Engine:
         with torch.inference_mode():
             if not wanted:  # spare the projection to the vocabulary
                 network.base_model(ids[None], position_ids=positions[None], use_cache=False, kv=batch)
-                return torch.empty(0, self.model.vocab_size)
+                return torch.empty(0, self.model.vocab_size, device=self.model.device)
             out = network(
                 ids[None],
                 position_ids=positions[None],
@@ -121,6 +161,17 @@ class Engine:
             raise SliceInvalid(f"tokens up to {stop} exceed the model's context of {self.model.max_context}")
         if stop > len(item.block_table) * self.pool.block_tokens:
             raise SliceInvalid(f"tokens up to {stop} do not fit {len(item.block_table)} blocks")
+
+
+def fuse_for(model: LoadedModel) -> None:
+    """In place, what is found to give the same on the model's device. Once more changes nothing."""
+    if model.device.type == "cuda":
+        from prefill.cuda_fusions import fuse
+
+        log.info("%s: %s", model.device, fuse(model.model))
+    else:
+        fuse_for_cpu(model.model)
+        pack_linears(model.model)
 
 
 def _wanted_rows(span: Span, item: SequenceSlice) -> range:

@@ -9,20 +9,33 @@ are not written, so that what a page held before can never reach another sequenc
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from prefill.attention import Batch, Span
+from prefill.compute_device import completes
 from prefill.cpu_attention import CpuAttention, can_attend
 from prefill.kv_layout import KVLayout
 from prefill.tiled_attention import TiledBatch
 
+if TYPE_CHECKING:
+    from prefill.cuda_attention import CudaPages
+
 
 class KVPool:
     def __init__(
-        self, layout: KVLayout, num_blocks: int, block_tokens: int = 16, device: str | torch.device = "cpu"
+        self,
+        layout: KVLayout,
+        num_blocks: int,
+        block_tokens: int = 16,
+        device: str | torch.device = "cpu",
+        *,
+        gpu_kernels: bool | None = None,
     ) -> None:
+        """`gpu_kernels`: whether batches attend by the kernels for GPUs. None: where the device is one; true elsewhere
+        needs Triton's interpreter."""
         assert num_blocks > 0 and block_tokens > 0, (num_blocks, block_tokens)
         self.layout = layout
         self.num_blocks = num_blocks
@@ -36,6 +49,11 @@ class KVPool:
         self.v = self._v_all[:, :num_blocks]
         self.null_slot = num_blocks * block_tokens
         self._cpu_attention: CpuAttention | None = None
+        self.decode_pages: CudaPages | None = None
+        if gpu_kernels or (gpu_kernels is None and self.device.type == "cuda"):
+            from prefill.cuda_attention import CudaPages  # brings Triton along
+
+            self.decode_pages = CudaPages(self)
 
     @property
     def num_bytes(self) -> int:
@@ -44,11 +62,13 @@ class KVPool:
     @property
     def uses_torch_products(self) -> bool:
         """Whether attention's sums are torch's, whose order may depend on the number of rows."""
-        return not can_attend(self.layout, self.device)
+        return self.decode_pages is None and not can_attend(self.layout, self.device)
 
     def make_batch(self, spans: Sequence[Span], row_multiple: int = 1) -> Batch:
         """What one forward pass hands to every layer. The first one compiles the kernel, if it was never compiled on
         this machine: some seconds."""
+        if self.decode_pages is not None:
+            return self.decode_pages.batch(spans, row_multiple)
         if self.uses_torch_products:
             return TiledBatch(self, spans, row_multiple)
         if self._cpu_attention is None:
@@ -82,6 +102,7 @@ class KVPool:
             self._v_all.flatten(1, 2)[:, at : at + stop - start],
         )
 
+    @completes
     def write(self, block_table: Sequence[int], start: int, k: Tensor, v: Tensor) -> None:
         """Copy `k` [L, T, H, Dk], `v` [L, T, H, Dv] to tokens `start..start + T`."""
         stop = start + k.shape[1]
@@ -94,6 +115,7 @@ class KVPool:
         self._k_all.flatten(1, 2).index_copy_(1, slots, k.to(self.k))
         self._v_all.flatten(1, 2).index_copy_(1, slots, v.to(self.v))
 
+    @completes
     def read(self, block_table: Sequence[int], start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Copies of tokens `start..stop`: [L, T, H, Dk], [L, T, H, Dv]."""
         pages = self.view(block_table, start, stop)

@@ -9,16 +9,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from prefill.attention import Span
+from prefill.attention import Batch, Span
+from prefill.compute_device import completes
 from prefill.kv_layout import KVLayout
 from prefill.quantized_attention import QuantizedBatch
 from prefill.quantized_layout import BLOCK_TOKENS, RING_TOKENS, PageMix, block_bytes, blocks_for, ring_bytes
 from prefill.quantized_pages import QuantizedStore
 from prefill.quantized_rings import RecentRings, RingState
+
+if TYPE_CHECKING:
+    from prefill.cuda_attention import CudaQuantizedPages
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,9 +45,10 @@ class QuantizedKVPool:
         device: str | torch.device = "cpu",
         *,
         mix: PageMix | None = None,
+        gpu_kernels: bool | None = None,
     ) -> None:
-        """`mix`: which layers differ from `kind` (`read_page_mix` has it for a model). Raises
-        `QuantizedPagesUnsupported`."""
+        """`mix`: which layers differ from `kind` (`read_page_mix` has it for a model). `gpu_kernels`: as for `KVPool`;
+        pages that they are not built for go by torch. Raises `QuantizedPagesUnsupported`."""
         self.store = QuantizedStore(layout, num_blocks, kind, max_sequences, device, mix)
         self._mix = mix
         self.layout = layout
@@ -50,6 +56,11 @@ class QuantizedKVPool:
         self.num_blocks = num_blocks
         self.block_tokens = BLOCK_TOKENS
         self.device = self.store.device
+        self.decode_pages: CudaQuantizedPages | None = None
+        if gpu_kernels or (gpu_kernels is None and self.device.type == "cuda"):
+            from prefill.cuda_attention import CudaQuantizedPages, can_attend  # brings Triton along
+
+            self.decode_pages = CudaQuantizedPages(self.store) if can_attend(self.store) else None
 
     @property
     def rings(self) -> RecentRings:
@@ -79,10 +90,13 @@ class QuantizedKVPool:
         """How many blocks the table of a sequence of so many tokens needs."""
         return blocks_for(num_tokens)
 
-    def make_batch(self, spans: Sequence[Span], row_multiple: int = 1) -> QuantizedBatch:
+    def make_batch(self, spans: Sequence[Span], row_multiple: int = 1) -> Batch:
         """What one forward pass attends with; the pass has to follow, for the spans' tokens are booked here."""
+        if self.decode_pages is not None:
+            return self.decode_pages.batch(spans, row_multiple)
         return QuantizedBatch(self.store, spans, row_multiple)
 
+    @completes
     def write(self, block_table: Sequence[int], ring: int | None, start: int, k: Tensor, v: Tensor) -> None:
         """Copy received `k` [L, T, H, Dk], `v` [L, T, H, Dv] to tokens `start .. start + T`.
 
@@ -105,6 +119,7 @@ class QuantizedKVPool:
         else:
             self._replace(block_table, ring, start, stop, k, v)
 
+    @completes
     def read(self, block_table: Sequence[int], ring: int | None, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Copies of tokens `start .. stop`, [L, T, H, Dk] and [L, T, H, Dv] in the model's dtype: dequantized where
         they are in pages, from the ring (if there is one) where they are not yet."""
@@ -121,23 +136,27 @@ class QuantizedKVPool:
         k, v = zip(*parts, strict=True)
         return torch.cat(k, 1), torch.cat(v, 1)
 
+    @completes
     def settle(self, block_table: Sequence[int], ring: int) -> None:
         """Quantize all whole blocks now (the table has to have room for them): then they can be shared."""
         settled, settles = self.rings.settle(ring)
         if settled < settles:
             self._write_pages(block_table, settled, settles, *self._read_ring(ring, settled, settles))
 
+    @completes
     def resume(self, block_table: Sequence[int], ring: int, length: int) -> None:
         """A fresh ring continues a sequence of `length` tokens that is in pages: its recent tokens are dequantized, so
         what follows differs from what the sequence's own ring would have given, by as much as quantizing loses."""
         first = self.rings.resume(ring, length)
         self._write_ring(ring, first, length, *self.read(block_table, None, first, length))
 
+    @completes
     def fork(self, ring: int, into: int) -> None:
         """`into`, fresh, continues the same sequence by itself. Settled blocks are shared; from there on each of the
         two needs blocks of its own."""
         self._restore_ring(into, self._copy_ring(ring), self.rings.state(ring))
 
+    @completes
     def snapshot(self, block_table: Sequence[int], ring: int) -> Snapshot:
         """Copies of all that a sequence has here, for one that gives up its pages and ring and comes back later."""
         state = self.rings.state(ring)
@@ -145,6 +164,7 @@ class QuantizedKVPool:
         pages = [x.index_select(0, blocks) for x in self.store.tensors()]
         return Snapshot(state=state, pages=pages, recents=self._copy_ring(ring))
 
+    @completes
     def restore(self, block_table: Sequence[int], ring: int, snapshot: Snapshot) -> None:
         """Into other blocks and a fresh ring, bit for bit."""
         blocks = self.store.blocks(block_table, 0, snapshot.state.settled)

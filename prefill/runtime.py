@@ -7,23 +7,28 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from codec.chunk import decode_chunk, encode_chunk, warmup
+from codec.chunk import warmup
 from codec.levels import LevelKind
 from codec.profile import Profile, default_profile, load_profile
 from codec.rope import RopeTable
 from prefill.block_pool import BlockPool, blocks_for
+from prefill.chunk_codec import TRIED_TOKENS, ChunkCodec, HostCodec, codec_for
+from prefill.compute_device import completed, pick_device, side_stream
 from prefill.engine import Engine, SequenceSlice
 from prefill.kv_pool import KVPool
 from prefill.machine_memory import available_bytes
 from prefill.memory_plan import check_fits
 from prefill.model import LoadedModel, load_model
 from prefill.model_size import read_model_size
-from prefill.store import ChunkStore, DiskOptions
 from transport.messages import Greeting
+
+if TYPE_CHECKING:
+    from prefill.store import ChunkStore
 
 log = logging.getLogger("kvstream.runtime")
 
@@ -31,6 +36,7 @@ BLOCK_TOKENS = 16
 PROFILE_FILE = "profile.kvp"
 MAX_ROPE_TABLES = 1024
 RUNTIME_BYTES = 256 << 20  # what a worker takes besides weights, pages and activations, roughly
+GPU_RUNTIME_BYTES = 2 << 30  # the same on a GPU, with recorded decode steps (prefill/decode_graphs.py)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -42,6 +48,7 @@ class ModelRuntime:
     pool: KVPool
     allocator: BlockPool
     engine: Engine
+    codec: ChunkCodec = field(default_factory=HostCodec)
     _rope_tables: dict[tuple[int, int], RopeTable] = field(default_factory=dict)
 
     def greeting(self) -> Greeting:
@@ -66,6 +73,8 @@ class ModelRuntime:
     ) -> ChunkStore:
         """A chunk store for KV of this model; on disk too if a directory is given, which is then its own. Raises
         prefill.disk_store.StoreError."""
+        from prefill.store import ChunkStore, DiskOptions  # LMDB, which a machine that only checks the engine may lack
+
         disk = None
         if path is not None:
             quantized = [level for level in self.profile.levels if level.kind is LevelKind.QUANTIZED]
@@ -81,11 +90,16 @@ class ModelRuntime:
 
     def encode(self, k: Tensor, v: Tensor, *, start: int, level: str) -> bytes:
         """Encode k, v [L, T, H, D] of the tokens from position `start` on. Raises codec.errors.CodecError."""
-        return encode_chunk(k, v, level=level, profile=self.profile, rope=self.rope(start, start + k.shape[1]))
+        device = self.model.device
+        with side_stream(device), completed(device):
+            rope = self.rope(start, start + k.shape[1])
+            return self.codec.encode(k, v, level=level, profile=self.profile, rope=rope)
 
     def decode(self, blob: bytes | memoryview, *, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Decode the chunk at positions [start, stop). Raises codec.errors.BlobError."""
-        return decode_chunk(blob, profile=self.profile, rope=self.rope(start, stop))
+        """Decode the chunk at positions [start, stop), onto the model's device. Raises codec.errors.BlobError."""
+        device = self.model.device
+        with side_stream(device), completed(device):
+            return self.codec.decode(blob, profile=self.profile, rope=self.rope(start, stop))
 
     def decode_into_pages(
         self, blob: bytes | memoryview, block_table: Sequence[int], *, start: int, stop: int, keep: int = 0
@@ -96,12 +110,14 @@ class ModelRuntime:
         Raises codec.errors.BlobError; the pages then hold garbage, which whoever fills the chunk next overwrites.
         """
         pages = self.pool.view(block_table, start, stop) if keep <= start else None
-        if pages is not None:
-            decode_chunk(blob, profile=self.profile, rope=self.rope(start, stop), out=pages)
-        else:
-            k, v = self.decode(blob, start=start, stop=stop)
-            kept = max(0, keep - start)
-            self.pool.write(block_table, start + kept, k[:, kept:], v[:, kept:])
+        device = self.model.device
+        with side_stream(device), completed(device):
+            if pages is not None:
+                self.codec.decode_into(blob, pages, profile=self.profile, rope=self.rope(start, stop))
+            else:
+                k, v = self.decode(blob, start=start, stop=stop)
+                kept = max(0, keep - start)
+                self.pool.write(block_table, start + kept, k[:, kept:], v[:, kept:])
 
     def rope(self, start: int, stop: int) -> RopeTable:
         """The rotation of positions [start, stop), kept once made: chunks start at few positions."""
@@ -133,26 +149,34 @@ def load_runtime(
     num_blocks: int | None = None,
     kv_memory_bytes: int | None = None,
     threads: int = 1,
+    device: str = "auto",
 ) -> ModelRuntime:
     """Load the model folder and everything around it. Raises prefill.model.ModelRefused, before anything is loaded if
     weights and pages do not fit the memory that is left now.
 
+    `device`: auto (the GPU if there is one), cpu or cuda.
+
     The pool holds `num_blocks` blocks, or as many as `kv_memory_bytes` hold; by default eight full contexts.
     """
     torch.set_num_threads(threads)
+    place = pick_device(device)
     size = read_model_size(path, dtype=dtype)
     if num_blocks is None:
         by_memory = (kv_memory_bytes or 0) // (BLOCK_TOKENS * size.layout.bytes_per_token)
         num_blocks = by_memory or 8 * blocks_for(size.max_context, BLOCK_TOKENS)
-    check_fits(size, memory_bytes=available_bytes(), num_blocks=num_blocks, runtime_bytes=RUNTIME_BYTES)
-    model = load_model(path, dtype=dtype)
-    pool = KVPool(model.layout, num_blocks, BLOCK_TOKENS)
+    runtime_bytes = RUNTIME_BYTES if place.type == "cpu" else GPU_RUNTIME_BYTES
+    check_fits(size, memory_bytes=available_bytes(place), num_blocks=num_blocks, runtime_bytes=runtime_bytes)
+    model = load_model(path, dtype=dtype, device=str(place))
+    pool = KVPool(model.layout, num_blocks, BLOCK_TOKENS, place)
+    profile = _profile_of(Path(path), model)
+    rope = RopeTable(*model.rope_tables(0, min(TRIED_TOKENS, model.max_context)))
     runtime = ModelRuntime(
         model=model,
-        profile=_profile_of(Path(path), model),
+        profile=profile,
         pool=pool,
         allocator=BlockPool(num_blocks),
         engine=Engine(model, pool),
+        codec=codec_for(place, profile, rope, model.layout.torch_dtype),
     )
     warmup(runtime.profile)
     return runtime

@@ -104,6 +104,9 @@ def serve(
     num_prefill: Annotated[int | None, typer.Option(help="Prefill workers. Default: 1.", min=0)] = None,
     num_decode: Annotated[int | None, typer.Option(help="Decode workers. Default: 1.", min=1)] = None,
     dtype: Annotated[str | None, typer.Option(help="bfloat16 (default) or float32.")] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda, or auto (default): a GPU where there is one for every worker.")
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="Asked for on every path but /health.", envvar="KVSTREAM_API_KEY")
     ] = None,
@@ -124,6 +127,7 @@ def serve(
             num_prefill=num_prefill,
             num_decode=num_decode,
             dtype=dtype,
+            device=device,
             api_keys=[api_key] if api_key else None,
         )
     check_model(settings.model)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import gc
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kernels import paged_attention as paged
-from prefill.attention import ATTENTION_NAME, AttentionRule, Batch, Span
+from prefill.attention import ATTENTION_NAME, AttentionRule
 from prefill.cuda_attention import CudaPages, CudaQuantizedPages, NewRows
 from prefill.decode_graphs import Capture, DecodeGraphs, cuda_capture
 from prefill.engine import Engine, SequenceSlice
@@ -63,13 +63,6 @@ TINY = Size(
     batches=(1, 2), context=70, long_batch=2, long_context=100, prefill_tokens=40, chunks=(40, 16), check_tokens=20,
     steps=2, copy_bytes=1 << 16, matrix=64,
 )  # fmt: skip
-
-
-class GpuPool(KVPool):
-    """A pool whose batches attend by the kernels, also in the interpreter."""
-
-    def make_batch(self, spans: Sequence[Span], row_multiple: int = 1) -> Batch:
-        return CudaPages(self).batch(spans, row_multiple)
 
 
 # Time
@@ -149,12 +142,12 @@ def release() -> None:
         torch.cuda.empty_cache()
 
 
-def logits_check(loaded: LoadedModel, size: Size, device: torch.device, tolerance: float) -> str:
+def logits_check(loaded: LoadedModel, size: Size, device: torch.device, tolerance: float, *, is_fused: bool) -> str:
     """A prompt in one chunk and in two, by transformers' own attention, and its continuation by graph and eagerly."""
     ids = prompt(loaded, size.check_tokens)
     blocks = -(-len(ids) // 16) + 1
-    pool = GpuPool(loaded.layout, 4 * blocks, 16, device)
-    engine = Engine(loaded, pool, row_multiple=1)
+    pool = KVPool(loaded.layout, 4 * blocks, 16, device, gpu_kernels=True)
+    engine = Engine(loaded, pool, row_multiple=1, is_fused=is_fused)
     tables = [list(range(i * blocks, (i + 1) * blocks))[::-1] for i in range(4)]
 
     def slice_of(start: int, stop: int, table: list[int]) -> SequenceSlice:
@@ -189,7 +182,7 @@ def filled_pool(
     order = torch.randperm(batch * per_row, generator=torch.Generator().manual_seed(1)).tolist()
     tables = [order[i * per_row : (i + 1) * per_row] for i in range(batch)]
     if kind == "bf16":
-        pool = GpuPool(loaded.layout, batch * per_row, block_tokens, device)
+        pool = KVPool(loaded.layout, batch * per_row, block_tokens, device, gpu_kernels=True)
         for side in (pool.k, pool.v):
             for layer in side:
                 layer.normal_()
@@ -299,7 +292,7 @@ def measure_prefill(loaded: LoadedModel, size: Size, matrix_rate: float, device:
     """One prompt, in chunks of each size. `matrix_rate` in operations a second."""
     release()
     tokens, layout, config = size.prefill_tokens, loaded.layout, loaded.model.config
-    pool = GpuPool(layout, -(-tokens // 16), 16, device)
+    pool = KVPool(layout, -(-tokens // 16), 16, device, gpu_kernels=True)
     engine, ids, table = Engine(loaded, pool, row_multiple=1), prompt(loaded, tokens), list(range(-(-tokens // 16)))
     linear = sum(m.weight.numel() for m in loaded.model.base_model.modules() if isinstance(m, torch.nn.Linear))
     heads = int(config.num_attention_heads) * (layout.head_dim_k + layout.head_dim_v)

@@ -1,9 +1,10 @@
 """The engine on this machine's GPU: are its kernels right, and how near is it to what the machine can do?
 `python scripts/gpu_engine_report.py --name h200-202612`, or as a part of `scripts/gpu_report.py`.
 
-In this order, each with the time that is left: kernels against the numpy reference; the machine's copy bandwidth and
-matrix rate; an 8B-shaped Llama with random weights in bf16 (32 layers, 32 query and 8 KV heads of 128): its logits
-against transformers' own attention and graphs against eager passes; decode steps at batch 1 and 32 with 8k tokens each;
+In this order, each with the time that is left: the engine as a server uses it, through `load_runtime`, against the
+CPU's (gpu_engine_production.py); kernels against the numpy reference; the machine's copy bandwidth and matrix rate; an
+8B-shaped Llama with random weights in bf16 (32 layers, 32 query and 8 KV heads of 128): its logits against
+transformers' own attention and graphs against eager passes; decode steps at batch 1 and 32 with 8k tokens each;
 prefill; int4 against bf16 pages at batch 16 with 32k tokens each; other launch parameters of the kernels.
 
 A decode step is bounded by the bytes that it must read: weights without the embedding table, and KV; over the measured
@@ -36,6 +37,7 @@ from prefill.cuda_fusions import fuse  # noqa: E402
 from prefill.model import LoadedModel  # noqa: E402
 from scripts import gpu_engine_cases as cases  # noqa: E402
 from scripts import gpu_engine_measures as measures  # noqa: E402
+from scripts import gpu_engine_production as production  # noqa: E402
 from scripts.gpu_engine_cases import Shape  # noqa: E402
 from scripts.gpu_engine_measures import LLAMA_8B, TINY, Row, Size  # noqa: E402
 from scripts.gpu_engine_sweep import sweep  # noqa: E402
@@ -130,6 +132,17 @@ def kernel_checks(device: torch.device, *, tiny: bool) -> dict[str, Callable[[],
 
 
 def run(report: Report, size: Size, device: torch.device, *, tiny: bool) -> None:
+    made_pair: list[production.Pair] = []
+
+    def make_pair() -> str:
+        made_pair.append(production.pair(device, tiny=tiny))
+        return f"bundled model, {type(made_pair[0].gpu.codec).__name__}" if not tiny else "random weights"
+
+    if report.step("production: load_runtime", 30, make_pair):
+        for name, check in production.checks(lambda: made_pair[0], device).items():
+            report.step(f"production: {name}", 15, check)
+        made_pair.clear()
+        measures.release()
     for name, check in kernel_checks(device, tiny=tiny).items():
         report.step(f"kernels: {name}", 10, check)
     rates: list[float] = []
@@ -154,8 +167,8 @@ def run_model(
 ) -> None:
     tolerance, first = 0.1, size.batches[0]  # a wrong mask or page shows as 0.5 or more
 
-    def logits() -> str:
-        return measures.logits_check(loaded, size, device, tolerance)
+    def logits(is_fused: bool = True) -> str:
+        return measures.logits_check(loaded, size, device, tolerance, is_fused=is_fused)
 
     def decode(kind: str, batch: int, context: int, label: str, key: str | None = None) -> Row:
         row = measures.measure_decode(loaded, size, kind, batch, context, label, copy_rate, device)
@@ -179,7 +192,7 @@ def run_model(
         best = max(rows, key=lambda row: float(row["tb_s"]))
         return f"best {best['tb_s']} TB/s with {best['changed']}"
 
-    report.step("logits", 20, logits)
+    report.step("logits", 20, lambda: logits(is_fused=False))
     report.step(f"decode, batch {first}, transformers' modules", 25, lambda: in_words(
         decode("bf16", first, size.context, "transformers' modules")))  # fmt: skip
     report.step("fused kernels", 15, lambda: str(fuse(loaded.model)))

@@ -25,7 +25,7 @@ GROUPS = {
     "chunks": (
         "calibrated_levels", "matrices", "other_dims_for_v_and_rotations_across_lanes",
         "rotations_of_some_layers_and_of_no_channels", "uncalibrated_levels_of_every_dtype", "pages_anywhere",
-        "damaged_blobs_are_refused_as_on_the_cpu",
+        "damaged_blobs_are_refused_as_on_the_cpu", "the_runtime_finds_that_the_gpus_codec_agrees",
     ),
     "report": ("the_report_runs",),
 }  # fmt: skip

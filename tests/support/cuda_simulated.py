@@ -42,6 +42,7 @@ from kernels.rans_decode_cuda import (  # noqa: E402
     UNUSED_WORDS,
     VALUE_RANGE,
 )
+from prefill.chunk_codec import DeviceCodec, HostCodec, difference  # noqa: E402
 
 CASES: dict[str, dict[str, Callable[[], None]]] = {"coder": {}, "chunks": {}, "report": {}}
 Check = Callable[[], None]
@@ -296,6 +297,13 @@ def uncalibrated_levels_of_every_dtype() -> None:
     check_chunks(profile, layout, (4,), ("q1", "lossless"), rotary=64)
     for dtype in (torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2):
         check_chunks(profile, layout, (3,), ("q3", "lossless", "raw"), dtype=dtype)
+
+
+@case("chunks")
+def the_runtime_finds_that_the_gpus_codec_agrees() -> None:
+    layout = make_layout(1, 2, 64, 64)
+    profile, table = make_profile(layout, needs_rope=True), make_rope(3, 64)
+    assert difference(HostCodec(), DeviceCodec("cpu"), profile, table, torch.bfloat16) == ""
 
 
 @case("chunks")

@@ -297,6 +297,7 @@ def test_links_of_single_workers(tmp_path: Path) -> None:
         ("kv_blocks: 5\nkv_memory: 1GB\n", 2, "set the same thing"),
         ("store_bytes: lots\n", 1, "like 512MB"),
         ("dtype: int4\n", 1, "'bfloat16' or 'float32'"),
+        ("device: gpu\n", 1, "'auto', 'cpu' or 'cuda'"),
         ("link:\n  prefill:\n    - bind: nowhere\n", 3, "HOST:PORT"),
         ("link:\n  prefill:\n    - bid: 1.2.3.4:5\n", 3, "did you mean `bind`?"),
         ("link:\n  decode: [{}, {}]\n", 2, "`num_decode` is 1"),

@@ -116,6 +116,7 @@ def test_loader_and_schema_refuse_the_same(text: str) -> None:
         "port: 70000",
         "num_decode: 0",
         "dtype: int4",
+        "device: gpu",
         "kv_memory: 5K",
         "api_keys: 7",
         "api_keys: ['']",
