@@ -20,10 +20,12 @@ from kernels.row_invariance import MULTIPLES, ROW_COUNTS, Product, cancelling_ex
 from prefill.attention import Batch, Span
 from prefill.block_pool import BlockPool, blocks_for
 from prefill.compute_device import completed
+from prefill.experts import expert_shapes, has_other_experts, pad_experts, product_among_others, router_shapes
 from prefill.fusions import fuse_for_cpu
 from prefill.kv_layout import KVLayout
 from prefill.model import LoadedModel
 from prefill.packed_linear import PackedLinear, pack_linears, pack_weight, packed_product
+from prefill.quantized_layout import RING_TOKENS
 
 if TYPE_CHECKING:  # these bring Triton along, which takes a while and is for GPUs
     from prefill.cuda_attention import DecodePages
@@ -91,6 +93,8 @@ class Engine:
         if row_multiple is None:
             row_multiple = 1 if is_on_gpu else measured_row_multiple(model, attention=pool.uses_torch_products)
         self.row_multiple = row_multiple
+        if is_fused and not is_on_gpu:
+            pad_experts(model.model, row_multiple)
         self.num_replayed = 0  # steps that were a graph's
         self._graphs: DecodeGraphs | None = None
         # What was not compiled or recorded yet is now: never in a request.
@@ -172,6 +176,7 @@ def fuse_for(model: LoadedModel) -> None:
     else:
         fuse_for_cpu(model.model)
         pack_linears(model.model)
+        pad_experts(model.model, 1)  # the multiple is measured with them in place
 
 
 def _wanted_rows(span: Span, item: SequenceSlice) -> range:
@@ -186,11 +191,12 @@ class ScheduleVariantWarning(UserWarning):
 
 def measured_row_multiple(model: LoadedModel, *, attention: bool = True) -> int:
     """The least number of rows to pad to so that this machine's matrix products treat rows alike, measured in the
-    shapes of the model's weights and, with `attention`, of its two products. Some 0.1 s for a small model."""
+    shapes of the model's weights (linear layers, experts, routers) and, with `attention`, of its two products. Some
+    0.1 s for a small model. Warns if there is none, and of experts whose products are not ours (experts.py)."""
     layout, dtype, device = model.layout, model.layout.torch_dtype, model.device
     examples = []
 
-    def add(product: Product, depth: int, columns: int, batch: int | None = None) -> None:
+    def add(product: Product, depth: int, columns: int, batch: int | None = None, dtype: torch.dtype = dtype) -> None:
         left, right = cancelling_example(ROW_COUNTS[-1], depth, columns, dtype=dtype, batch=batch)
         left, right = left.to(device), right.to(device)
         if batch is None:
@@ -203,17 +209,27 @@ def measured_row_multiple(model: LoadedModel, *, attention: bool = True) -> int:
         # Wide weights are cut: columns are independent, and what matters is the depth of the sums.
         for depth, columns in sorted({(m.in_features, min(m.out_features, 4096)) for m in linears}):
             add(product, depth, columns)
+    for depth, columns in expert_shapes(model.model):
+        add(product_among_others, depth, min(columns, 4096))
+    for depth, columns in router_shapes(model.model):
+        for wide in {dtype, torch.float32}:
+            add(nn.functional.linear, depth, columns, dtype=wide)
     if attention:
-        add(torch.bmm, layout.head_dim_k, TILE_TOKENS, layout.num_kv_heads)
-        add(torch.bmm, TILE_TOKENS, layout.head_dim_v, layout.num_kv_heads)
+        for tile in (TILE_TOKENS, RING_TOKENS):  # that of quantized pages' recent tokens is a small one
+            add(torch.bmm, layout.head_dim_k, tile, layout.num_kv_heads)
+            add(torch.bmm, tile, layout.head_dim_v, layout.num_kv_heads)
     with torch.inference_mode():
         multiple = least_row_multiple(examples)
+    reasons = []
     if multiple is None:
+        reasons.append(
+            f"{device} sums the rows of a {layout.dtype} matrix product in an order that depends on how many there are"
+        )
+    if has_other_experts(model.model):
+        reasons.append(f"{type(model.model).__name__} keeps its experts in a way that is not known here")
+    for reason in reasons:
         warnings.warn(
-            f"{device} sums the rows of a {layout.dtype} matrix product in an order that depends on how many there "
-            "are: the same prompt may give other tokens in another batch",
-            ScheduleVariantWarning,
-            stacklevel=3,
+            f"{reason}: the same prompt may give other tokens in another batch", ScheduleVariantWarning, stacklevel=3
         )
     return multiple or MULTIPLES[0]
 

@@ -23,8 +23,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from kernels.attention import TILE_TOKENS
 from kernels.row_invariance import Product, cancelling_example, differing_row_counts
 from prefill.engine import measured_row_multiple
+from prefill.experts import product_among_others
 from prefill.model import load_model
 
+# Of an expert of Qwen3-30B-A3B, DeepSeek-V2-Lite and Mixtral 8x7B, and routers of these.
+EXPERTS = ((2048, 1536), (768, 2048), (1408, 2048), (4096, 4096), (14336, 4096))
+ROUTERS = ((2048, 128), (2048, 64), (4096, 8))
 DEPTH_AND_OUT = ((256, 128), (256, 256), (256, 4096), (512, 256), (1024, 256), (4096, 256), (14336, 256))
 
 
@@ -33,8 +37,14 @@ def examples(dtype: torch.dtype, rows: int) -> list[tuple[str, Product, Tensor, 
     for depth, out in DEPTH_AND_OUT:
         left, right = cancelling_example(rows, depth, out, dtype=dtype)
         tried.append((f"linear {depth} -> {out}", nn.functional.linear, left[None], right.t().contiguous()))
+    for depth, out in ROUTERS:
+        left, right = cancelling_example(rows, depth, out, dtype=dtype)
+        tried.append((f"router {depth} -> {out}", nn.functional.linear, left[None], right.t().contiguous()))
+    for depth, out in EXPERTS:
+        left, right = cancelling_example(rows, depth, out, dtype=dtype)
+        tried.append((f"expert {depth} -> {out}", product_among_others, left[None], right.t().contiguous()))
     for batch in (2, 16, 128):
-        for depth, columns in ((64, TILE_TOKENS), (TILE_TOKENS, 64)):
+        for depth, columns in ((64, TILE_TOKENS), (TILE_TOKENS, 64), (64, 64)):
             left, right = cancelling_example(rows, depth, columns, dtype=dtype, batch=batch)
             tried.append((f"bmm {batch} x [R, {depth}] [{depth}, {columns}]", torch.bmm, left, right))
     return tried

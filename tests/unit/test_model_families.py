@@ -77,9 +77,9 @@ def test_chunks_and_decode_rows_together_give_the_logits_of_transformers(family:
     assert done == [131, 90, 58]
 
 
-@pytest.mark.parametrize("family", [name for name, spec in FAMILIES.items() if not spec.has_experts])
+@FAMILY
 def test_bf16_does_not_depend_on_the_schedule(family: str) -> None:
-    """Bit for bit. Not promised with experts, whose products see as many rows as chose them."""
+    """Bit for bit. With experts: test_engine_experts.py, too."""
     model = wrap_model(tiny_model(family).bfloat16(), None, name=family, fingerprint=family)
     engine = Engine(model, KVPool(model.layout, NUM_BLOCKS))  # measures by how many rows to pad
     ids, other, table = random_ids(131, seed=3), random_ids(60, seed=4), list(range(20, 30))
