@@ -9,6 +9,7 @@ With --tiny the second runtime is on the CPU, too: its pool attends by the kerne
 from __future__ import annotations
 
 import functools
+import os
 import random
 import tempfile
 import threading
@@ -44,6 +45,7 @@ from prefill.quantized_pool import QuantizedKVPool
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime, load_runtime
 
 ROOT = Path(__file__).resolve().parent.parent
+CPU_THREADS = min(8, os.cpu_count() or 1)
 TOLERANCE = 0.05  # relative, of a row's logits in bf16: what rounding leaves; a wrong mask or page shows as 0.5 or more
 
 
@@ -75,8 +77,8 @@ class Pair:
 def pair(device: torch.device, *, tiny: bool) -> Pair:
     """The bundled model on both; --tiny: one of random weights."""
     if not tiny:
-        load = functools.partial(load_runtime, ROOT / "model", num_blocks=REAL.blocks)
-        return Pair(load(device="cpu", threads=8), load(device=device.type), REAL)
+        load = functools.partial(load_runtime, ROOT / "model", num_blocks=REAL.blocks, threads=CPU_THREADS)
+        return Pair(load(device="cpu"), load(device=device.type), REAL)
     with tempfile.TemporaryDirectory() as folder:
         save_tiny(Path(folder))
         cpu = load_runtime(folder, num_blocks=TINY.blocks, device="cpu")
