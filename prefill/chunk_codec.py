@@ -18,6 +18,7 @@ from codec.errors import CodecError
 from codec.levels import LevelKind
 from codec.profile import Profile
 from codec.rope import RopeTable
+from prefill.compute_device import completed
 
 log = logging.getLogger("kvstream.runtime")
 
@@ -73,16 +74,16 @@ class DeviceCodec:
         self._lock = threading.Lock()
 
     def encode(self, k: Tensor, v: Tensor, *, level: str, profile: Profile, rope: RopeTable) -> bytes:
-        with self._lock:
+        with self._lock, completed(self.device):
             k, v = k.to(self.device), v.to(self.device)
             return self._gpu.encode_chunks([(k, v)], level=level, profile=profile, ropes=[rope])[0]
 
     def decode(self, blob: Blob, *, profile: Profile, rope: RopeTable) -> Pair:
-        with self._lock:
+        with self._lock, completed(self.device):
             return self._gpu.decode_chunks([blob], profile=profile, ropes=[rope], device=self.device)[0]
 
     def decode_into(self, blob: Blob, pages: Pair, *, profile: Profile, rope: RopeTable) -> None:
-        with self._lock:
+        with self._lock, completed(self.device):
             self._gpu.decode_chunks([blob], profile=profile, ropes=[rope], out=pages)
 
 
