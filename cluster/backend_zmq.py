@@ -88,7 +88,7 @@ class ClusterBackend:
                     yield FailedEvent(status=502, code="worker_lost", message=message)
                     return
             finally:
-                self._sent.ended(number)
+                self._sent.ended(number, time.monotonic())
         reason = f" The last error: {error}" if error else ""
         raise RequestRefused(
             f"No decode worker can be reached; try again in a few seconds.{reason}", status=503, code="no_worker"

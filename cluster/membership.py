@@ -20,7 +20,8 @@ Role = Literal["prefill", "decode"]
 class WorkerInfo:
     """A worker's report. `endpoint`: where KV (prefill) or tokens (decode) are served; `kv_endpoint`: where a decode
     worker serves what it has stored, None if it does not; an incarnation is one life of the worker's process; `stats`:
-    its counters and gauges, by metric name without prefix; `age_s`: how old the report is, in a table."""
+    its counters and gauges, by metric name without prefix; `age_s`: how old the report is, in a table; `companion_of`:
+    the prefill worker in whose process, on whose cores and with whose store this one decodes."""
 
     id: str
     role: Role
@@ -31,6 +32,7 @@ class WorkerInfo:
     stats: Mapping[str, float] = field(default_factory=dict)
     kv_endpoint: str | None = None
     age_s: float = 0.0
+    companion_of: str | None = None
 
     @property
     def source_endpoint(self) -> str | None:
