@@ -15,6 +15,18 @@ EXPIRED_S = 10.0  # silent for so long: forgotten; it may come back with a new r
 
 Role = Literal["prefill", "decode"]
 
+COMPANION = "/decode"
+
+
+def companion_id(prefill_id: str) -> str:
+    """Of the decode worker in a prefill worker's process."""
+    return prefill_id + COMPANION
+
+
+def host_id(worker_id: str) -> str:
+    """Of the worker whose process this one is in: itself, if it is no companion."""
+    return worker_id.removesuffix(COMPANION)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:

@@ -24,6 +24,7 @@ from cluster.route_costs import (
     Prompt,
     RouteWeights,
     WorkerCosts,
+    companion_price_s,
     disturbance_price_s,
     expected_answer,
     is_better_alone,
@@ -228,7 +229,7 @@ class _World:
             is_aggregated = True
         elif way == "load" or info.stats.get(MAY_AGGREGATE, 1.0) == 0.0:
             is_aggregated = False
-        elif not local.missing:
+        elif not local.missing or info.companion_of == computing.worker.id:
             is_aggregated = True
         else:
             through_s = through_prefill_s(costs, prompt, local, computing.estimate)
@@ -244,7 +245,7 @@ class _World:
         computed = local.compute_tokens if is_aggregated else prompt.tail_tokens
         cost_s += self.weights.answer * costs.answer_s(self._answer_tokens, computed)
         if info.companion_of is not None:
-            cost_s += self.weights.companion * costs.companion_price_s(self._answer_tokens) + self.weights.prefer * estimate_s
+            cost_s += companion_price_s(costs, estimate_s, self._answer_tokens, self.weights)
         return _Choice(
             worker=info, local=local, is_aggregated=is_aggregated, estimate_s=estimate_s, cost_s=cost_s, rows=costs.rows
         )
@@ -272,7 +273,9 @@ class _World:
     ) -> tuple[RouteSource, ...]:
         """Who computes; then who holds the most of what nobody before holds; then, if somebody computes, who would own
         the prompt without him: he takes over when the first is lost, and may have what the first has not."""
-        owning = [info.id for info in prefill[:MAX_OWNERS]] if computing is not None else []
+        # A companion has what its prefill worker has, in the store that they share.
+        taken = {choice.worker.id, choice.worker.companion_of}
+        owning = [info.id for info in prefill[:MAX_OWNERS] if info.id not in taken] if computing is not None else []
         needed, own = self.prompt.all_chunks, self._held.get(choice.worker.id)
         if own is not None:
             needed &= ~(own.stored | ((1 << own.leading[0]) - 1))
@@ -281,7 +284,7 @@ class _World:
             found.append(computing.id)
             needed &= ~self._stored_at(computing.id)
         while len(found) < MAX_SOURCES and needed:
-            best = self._best_holder(needed, {choice.worker.id, *found})
+            best = self._best_holder(needed, {*taken, *found})
             if best is None:
                 break
             found.append(best)
@@ -296,7 +299,7 @@ class _World:
             for name in found
         )
 
-    def _best_holder(self, needed: int, taken: Collection[str]) -> str | None:
+    def _best_holder(self, needed: int, taken: Collection[str | None]) -> str | None:
         """Who has the most of these chunks. Equals: RAM before disk, the idle before the busy."""
 
         def worth(name: str) -> tuple[int, int, float]:

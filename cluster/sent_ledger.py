@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import itertools
-from collections import Counter, defaultdict, deque
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from cluster.membership import EXPIRED_S, WorkerInfo
+from cluster.membership import WorkerInfo
 from cluster.route_costs import Pending
 
 # A request needs a moment to its worker: what was sent so shortly before a report is not in it.
@@ -28,7 +28,7 @@ class SentLedger:
         self._numbers = itertools.count()
         self._sent: dict[int, _Sent] = {}
         self._reported_at: dict[str, float] = {}
-        self._ended: deque[tuple[str, float, float]] = deque()  # decode worker, sent and ended at; of late
+        self._ended: list[tuple[str, float, float]] = []  # decode worker, sent and ended at; in no report yet
 
     def send(self, decode_id: str, prompt_tokens: Mapping[str, int], now: float) -> int:
         """A request goes to a decode worker; workers are expected to compute so much of it. Its number here."""
@@ -46,8 +46,11 @@ class SentLedger:
     def follow(self, table: Iterable[WorkerInfo], now: float) -> None:
         """A new table has come."""
         self._reported_at = {info.id: now - info.age_s for info in table}
-        while self._ended and now - self._ended[0][2] > EXPIRED_S:
-            self._ended.popleft()
+        self._ended = [
+            (worker_id, sent_at, ended_at)
+            for worker_id, sent_at, ended_at in self._ended
+            if worker_id in self._reported_at and self._is_unreported(worker_id, ended_at)
+        ]
 
     def in_flight(self) -> Counter[str]:
         """Requests by decode worker."""

@@ -1,7 +1,7 @@
 """One forward pass over slices of many sequences, KV in pages. Knows torch and the model; schedules nothing.
 
 The engine keeps no state of its own but the pool's tensors: which blocks belong to whom, and what runs next, is the
-caller's business. Not thread-safe: one engine, one thread.
+caller's business. Not thread-safe: one engine, one thread. Engines over one model (`beside`) take turns, pass by pass.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from prefill.fusions import fuse_for_cpu
 from prefill.kv_layout import KVLayout
 from prefill.model import LoadedModel
 from prefill.packed_linear import PackedLinear, pack_linears, pack_weight, packed_product
+from prefill.turns import Turns
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,7 +59,9 @@ class Engine:
     """`row_multiple`: every matrix product sees a multiple of so many rows, because from there on a row's bits do
     not depend on the others. Found by measuring when it is not given."""
 
-    def __init__(self, model: LoadedModel, pool: PagePool, *, row_multiple: int | None = None) -> None:
+    def __init__(
+        self, model: LoadedModel, pool: PagePool, *, row_multiple: int | None = None, turns: Turns | None = None
+    ) -> None:
         assert pool.layout == model.layout, (pool.layout, model.layout)
         self.model = model
         self.pool = pool
@@ -67,7 +70,13 @@ class Engine:
         if row_multiple is None:
             row_multiple = measured_row_multiple(model, attention=pool.uses_torch_products)
         self.row_multiple = row_multiple
+        self._turns = turns or Turns()
+        self.waited_s = 0.0  # the last pass, for its turn
         pool.make_batch([], row_multiple)  # compiles what was not compiled yet: never in a request
+
+    def beside(self, pool: PagePool) -> Engine:
+        """Another one over the same model, with a pool of its own."""
+        return Engine(self.model, pool, row_multiple=self.row_multiple, turns=self._turns)
 
     def forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
         """Compute all slices in one pass, write their KV into the pages, and return the logits after the last
@@ -81,7 +90,7 @@ class Engine:
         ids = self._padded([token for s in slices for token in s.token_ids])
         positions = self._padded([position for span in spans for position in range(span.start, span.stop)])
         network = self.model.model
-        with torch.inference_mode():
+        with self._turns.turn() as self.waited_s, torch.inference_mode():
             if not wanted:  # spare the projection to the vocabulary
                 network.base_model(ids[None], position_ids=positions[None], use_cache=False, kv=batch)
                 return torch.empty(0, self.model.vocab_size)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -35,13 +35,15 @@ RUNTIME_BYTES = 256 << 20  # what a worker takes besides weights, pages and acti
 
 @dataclass(slots=True, kw_only=True)
 class ModelRuntime:
-    """A loaded model with its codec profile, its paged pool and the engine over both."""
+    """A loaded model with its codec profile, its paged pool and the engine over both. spare_blocks: for which there is
+    memory besides the pool."""
 
     model: LoadedModel
     profile: Profile
     pool: KVPool
     allocator: BlockPool
     engine: Engine
+    spare_blocks: int = 0
     _rope_tables: dict[tuple[int, int], RopeTable] = field(default_factory=dict)
 
     def greeting(self) -> Greeting:
@@ -53,6 +55,13 @@ class ModelRuntime:
                 f"L{layout.num_layers}.H{layout.num_kv_heads}.K{layout.head_dim_k}.V{layout.head_dim_v}.{layout.dtype}"
             ),
             codec_profile=self.profile.id,
+        )
+
+    def with_pool(self, num_blocks: int) -> ModelRuntime:
+        """The same model with other pages, and an engine whose passes take turns with this one's."""
+        pool = KVPool(self.model.layout, num_blocks, BLOCK_TOKENS)
+        return replace(
+            self, pool=pool, allocator=BlockPool(num_blocks), engine=self.engine.beside(pool), spare_blocks=0
         )
 
     def open_store(
@@ -133,11 +142,13 @@ def load_runtime(
     num_blocks: int | None = None,
     kv_memory_bytes: int | None = None,
     threads: int = 1,
+    spares_blocks: bool = False,
 ) -> ModelRuntime:
     """Load the model folder and everything around it. Raises prefill.model.ModelRefused, before anything is loaded if
     weights and pages do not fit the memory that is left now.
 
     The pool holds `num_blocks` blocks, or as many as `kv_memory_bytes` hold; by default eight full contexts.
+    spares_blocks: it holds what one full context needs of these, but not more than half; the rest is spared.
     """
     torch.set_num_threads(threads)
     size = read_model_size(path, dtype=dtype)
@@ -145,6 +156,10 @@ def load_runtime(
         by_memory = (kv_memory_bytes or 0) // (BLOCK_TOKENS * size.layout.bytes_per_token)
         num_blocks = by_memory or 8 * blocks_for(size.max_context, BLOCK_TOKENS)
     check_fits(size, memory_bytes=available_bytes(), num_blocks=num_blocks, runtime_bytes=RUNTIME_BYTES)
+    spare_blocks = 0
+    if spares_blocks and num_blocks > 1:
+        spare_blocks = num_blocks - min(num_blocks // 2, blocks_for(size.max_context, BLOCK_TOKENS))
+        num_blocks -= spare_blocks
     model = load_model(path, dtype=dtype)
     pool = KVPool(model.layout, num_blocks, BLOCK_TOKENS)
     runtime = ModelRuntime(
@@ -153,6 +168,7 @@ def load_runtime(
         pool=pool,
         allocator=BlockPool(num_blocks),
         engine=Engine(model, pool),
+        spare_blocks=spare_blocks,
     )
     warmup(runtime.profile)
     return runtime

@@ -211,8 +211,9 @@ class Worker:
 
 
 class World:
-    """num_prefill and num_decode workers; companions: prefill workers decode, too. report_s: how often they report; 0: whenever somebody asks. way: what each
-    request demands of its KV."""
+    """num_prefill and num_decode workers; companions: prefill workers decode, too. report_s: how often they
+    report; 0: whenever somebody asks. way: what each request demands of its KV. max_tokens: of each, as the router is
+    told."""
 
     def __init__(
         self,

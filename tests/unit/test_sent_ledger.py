@@ -34,7 +34,7 @@ def test_a_first_token_ends_the_prompt_and_not_the_row() -> None:
     ledger.first_token(number)
     pending = ledger.pending(11.0)
     assert pending["p0"] == Pending(age_s=1.0) and pending["d0"] == Pending(age_s=1.0, requests=1)
-    ledger.ended(number)
+    ledger.ended(number, 11.0)
     assert ledger.pending(11.0)["d0"] == Pending(age_s=1.0) and not ledger.in_flight()
 
 
@@ -44,7 +44,7 @@ def test_workers_that_left_are_forgotten() -> None:
     number = ledger.send("d0", {"d0": 10}, 10.5)
     ledger.follow([info("d1", 0.0)], 11.0)
     assert set(ledger.pending(11.0)) == {"d1"}
-    ledger.ended(number)
+    ledger.ended(number, 11.0)
 
 
 @pytest.mark.parametrize(
