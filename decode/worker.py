@@ -328,7 +328,8 @@ class DecodeWorker:
             sequence.key,
             spec,
             sources=state.sources,
-            token_ids=sequence.token_ids(0, state.fill_tokens),
+            # Chunks and the token behind them; of an answer that was given up they may be fewer than could be had.
+            token_ids=sequence.token_ids(0, state.loaded_tokens + 1),
             cache_salt=state.request.cache_salt,
             block_table=sequence.block_table,
             max_kl=state.max_kl or EXACT,
