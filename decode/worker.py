@@ -178,7 +178,9 @@ class DecodeWorker:
         waiting = sum(waiting.num_tokens for waiting in self._scheduler.waiting())
         filling = [s for s in self._scheduler.all() if s.phase is not Phase.RUNNING]
         decode_s = self._codec.seconds(MASTER_LEVEL) / size
+        admission_s = self._holders.admission_s(time.monotonic())
         return {
+            **({"admission_s": admission_s} if admission_s else {}),
             "prefill_tokens_per_s": size / self._compute.seconds(0, size),
             "waiting_prompt_tokens": waiting + sum(s.work[1] - s.work[0] for s in filling if s.work is not None),
             "decode_running_rows": len(self._scheduler) - len(filling),

@@ -20,8 +20,9 @@ from prefill.runtime import load_runtime
 from scripts.demo_client import ask
 
 COMPANION = "prefill-0/decode"
-KV_BLOCKS = 80  # a decode worker's; half of a prefill worker's are its companion's
+KV_BLOCKS = 48  # a decode worker's; half of a prefill worker's are its companion's
 LATEST_S = 120.0
+ANSWER = 80
 
 
 @pytest.fixture(scope="module")
@@ -73,17 +74,38 @@ def test_a_cluster_with_a_companion_knows_it(cluster) -> None:
     assert f'kvstream_kv_cache_usage_perc{{worker="{COMPANION}",role="decode"}}' in text
 
 
+async def ask_until_the_companion_runs(cluster, *, seed: int, mode: str = "auto") -> dict[int, asyncio.Task]:
+    """Requests by the number of their prompt: more than the decode worker has pages for, and then one by one until one
+    is at the companion. That must come, however fast the machine is: the others wait longer and longer for pages."""
+    tasks: dict[int, asyncio.Task] = {}
+    options = {"max_tokens": ANSWER, "kv": {"mode": mode, "floor": "lossless"}}
+    before = stats(cluster, COMPANION)["decode_requests_total"]
+    deadline = time.monotonic() + LATEST_S
+    while await asyncio.to_thread(lambda: stats(cluster, COMPANION)["decode_requests_total"]) == before:
+        assert time.monotonic() < deadline, "nothing came to the companion"
+        for _ in range(1 if tasks else 8):
+            number = seed + len(tasks)
+            tasks[number] = asyncio.create_task(ask_all(cluster.base_url, [numbered_prompt(number)], **options))
+        await asyncio.sleep(0.3)
+    return tasks
+
+
+def numbered_prompt(number: int) -> list[int]:
+    return prompt(140 + number % 60, seed=number)
+
+
+async def answers_of(tasks: dict[int, asyncio.Task]) -> dict[int, object]:
+    return {number: (await task)[0] for number, task in tasks.items()}
+
+
 @pytest.mark.parametrize("mode", ["auto", "raw"])
 def test_what_the_decode_worker_has_no_pages_for_its_companion_takes(cluster, alone, mode: str) -> None:
-    """Each of these takes a third of a decode worker's pages: more than two wait there, and the machine's speed does
-    not matter."""
-    before = stats(cluster, COMPANION)["decode_requests_total"]
-    prompts = [prompt(140 + 10 * i, seed=i) for i in range(10)]
-    answers = asyncio.run(ask_all(cluster.base_url, prompts, max_tokens=200, kv={"mode": mode, "floor": "lossless"}))
-    for tokens, answer in zip(prompts, answers, strict=True):
+    async def run():
+        return await answers_of(await ask_until_the_companion_runs(cluster, seed=0, mode=mode))
+
+    for number, answer in asyncio.run(run()).items():
         assert not isinstance(answer, BaseException), answer
-        assert answer.token_ids == generate_greedy(alone.engine, alone.allocator, tokens, 200)
-    assert stats(cluster, COMPANION)["decode_requests_total"] > before
+        assert answer.token_ids == generate_greedy(alone.engine, alone.allocator, numbered_prompt(number), ANSWER)
     check_nothing_is_left(cluster)
 
 
@@ -97,25 +119,18 @@ def test_what_is_too_long_for_the_companion_goes_to_the_decode_worker(cluster, a
 
 def test_a_killed_prefill_worker_takes_its_companion_along_and_both_come_back(cluster, alone) -> None:
     """Every request ends with the right tokens or a clear error."""
-    prompts = [prompt(140 + 10 * i, seed=100 + i) for i in range(10)]
     victim = ray.get(cluster.workers["prefill-0"].pid.remote())
 
     async def run():
-        tasks = asyncio.create_task(
-            ask_all(cluster.base_url, prompts, max_tokens=200, kv={"mode": "auto", "floor": "lossless"})
-        )
-        deadline = time.monotonic() + 30
-        while not await asyncio.to_thread(lambda: stats(cluster, COMPANION)["decode_sequences"]):
-            assert time.monotonic() < deadline, "nothing runs at the companion"
+        tasks = await ask_until_the_companion_runs(cluster, seed=100)
         os.kill(victim, signal.SIGKILL)
-        return await tasks
+        return await answers_of(tasks)
 
-    answers = asyncio.run(run())
-    for tokens, answer in zip(prompts, answers, strict=True):
+    for number, answer in asyncio.run(run()).items():
         if isinstance(answer, BaseException):
             assert "lost" in str(answer) or "reached" in str(answer), answer
         else:
-            assert answer.token_ids == generate_greedy(alone.engine, alone.allocator, tokens, 200)
+            assert answer.token_ids == generate_greedy(alone.engine, alone.allocator, numbered_prompt(number), ANSWER)
     deadline = time.monotonic() + LATEST_S
     while True:
         try:
