@@ -46,15 +46,13 @@ class RouteWeights:
     first token. max_price: the share of its time to first token that a request may lose for that. tie_share: estimates
     as close as this are equal, and the document's claim decides. answer: how much a second of the answer counts against
     a second before it; 0: only the first token counts. companion: how much a second counts that the steps of an answer
-    take from a prefill worker's prompts. prefill_free: the share of its time to first token that a request may lose so
-    that a prefill worker stays free."""
+    take from a prefill worker's prompts."""
 
     disturbance: float = 1.0
     max_price: float = 0.25
     tie_share: float = 0.02
     answer: float = 1.0
     companion: float = 2.0
-    prefill_free: float = 0.05
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -265,11 +263,9 @@ def disturbance_price_s(costs: WorkerCosts, num_tokens: int, ttft_s: float, weig
     return min(weights.disturbance * costs.rows * num_tokens * costs.token_s, weights.max_price * ttft_s)
 
 
-def companion_price_s(costs: WorkerCosts, ttft_s: float, answer_tokens: float, weights: RouteWeights) -> float:
-    """What a worker is dearer for decoding on a prefill worker's cores. The answer's steps take time from prompts, if
-    there are any; and of equals, a prefill worker stays free for some that may come."""
-    taken_s = costs.beside_busy * answer_tokens * costs.next_step_s
-    return weights.companion * taken_s + weights.prefill_free * ttft_s
+def companion_price_s(costs: WorkerCosts, answer_tokens: float, weights: RouteWeights) -> float:
+    """What the answer's steps take from the prompts on the same cores, if there are any."""
+    return weights.companion * costs.beside_busy * answer_tokens * costs.next_step_s
 
 
 def is_better_alone(alone_s: float, price_s: float, through_s: float) -> bool:

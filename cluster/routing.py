@@ -148,13 +148,18 @@ def choose_route(
 
 
 def _best(choices: Sequence[_Choice], key: Sequence[int], cache_salt: str, weights: RouteWeights) -> _Choice:
-    """The cheapest. Among the nearly cheapest the one with the fewest running requests, and among those the document's
-    own: so an idle cluster's conversations return to their worker even when nobody knows what it holds."""
+    """The cheapest. Among the nearly cheapest the one with the fewest running requests, so that a prefill worker stays
+    free while a decode worker is, and among those the document's own: so an idle cluster's conversations return to their
+    worker even when nobody knows what it holds."""
     best = min(choices, key=lambda choice: choice.cost_s)
     enough_s = best.cost_s + best.estimate_s * weights.tie_share
     near = [choice for choice in choices if choice.cost_s <= enough_s]
-    fewest = min(choice.rows for choice in near)
-    least = {choice.worker.id: choice for choice in near if choice.rows == fewest}
+
+    def rank(choice: _Choice) -> tuple[float, bool]:
+        return choice.rows, choice.worker.companion_of is not None
+
+    first = min(map(rank, near))
+    least = {choice.worker.id: choice for choice in near if rank(choice) == first}
     return least[owners([choice.worker for choice in least.values()], key, cache_salt)[0].id]
 
 
@@ -245,7 +250,7 @@ class _World:
         computed = local.compute_tokens if is_aggregated else prompt.tail_tokens
         cost_s += self.weights.answer * costs.answer_s(self._answer_tokens, computed)
         if info.companion_of is not None:
-            cost_s += companion_price_s(costs, estimate_s, self._answer_tokens, self.weights)
+            cost_s += companion_price_s(costs, self._answer_tokens, self.weights)
         return _Choice(
             worker=info, local=local, is_aggregated=is_aggregated, estimate_s=estimate_s, cost_s=cost_s, rows=costs.rows
         )

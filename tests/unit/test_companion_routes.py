@@ -54,7 +54,12 @@ def rows(num: int) -> dict[str, float]:
 def decode(name: str, **stats: float) -> WorkerInfo:
     endpoint = f"tcp://{name}"
     return WorkerInfo(
-        id=name, role="decode", incarnation=name, endpoint=endpoint, kv_endpoint=f"{endpoint}:kv", stats={**IDLE, **stats}
+        id=name,
+        role="decode",
+        incarnation=name,
+        endpoint=endpoint,
+        kv_endpoint=f"{endpoint}:kv",
+        stats={**IDLE, **stats},
     )
 
 
@@ -124,10 +129,10 @@ def test_an_answer_that_is_bounded_counts_for_no_more_than_its_bound() -> None:
 
 
 def test_requests_that_ended_since_the_report_are_not_counted() -> None:
-    table = (*prefill("p0"), decode("d0", **rows(1)), decode("d1", **rows(2)))
-    assert routed(*table, weights=RouteWeights(prefill_free=9.0, answer=9.0)).decode.id == "d0"
+    table = (decode("d0", **rows(1)), decode("d1", **rows(2)))
+    assert routed(*table, weights=RouteWeights(answer=9.0)).decode.id == "d0"
     gone = {"d1": Pending(age_s=0.5, ended=2)}
-    assert routed(*table, pending=gone, weights=RouteWeights(prefill_free=9.0, answer=9.0)).decode.id == "d1"
+    assert routed(*table, pending=gone, weights=RouteWeights(answer=9.0)).decode.id == "d1"
 
 
 def test_a_policy_or_a_level_that_wants_a_source_gets_one() -> None:
