@@ -148,9 +148,9 @@ def choose_route(
 
 
 def _best(choices: Sequence[_Choice], key: Sequence[int], cache_salt: str, weights: RouteWeights) -> _Choice:
-    """The cheapest. Among the nearly cheapest the one with the fewest running requests, so that a prefill worker stays
-    free while a decode worker is, and among those the document's own: so an idle cluster's conversations return to their
-    worker even when nobody knows what it holds."""
+    """The cheapest. Among the nearly cheapest the one with the fewest running requests, a decode worker before one that
+    shares its cores with a prefill worker, and then the document's own: so an idle cluster's conversations return to
+    their worker even when nobody knows what it holds."""
     best = min(choices, key=lambda choice: choice.cost_s)
     enough_s = best.cost_s + best.estimate_s * weights.tie_share
     near = [choice for choice in choices if choice.cost_s <= enough_s]

@@ -56,12 +56,9 @@ def simulated(num: int, seed: int) -> list[dict[str, Any]]:
                     "at_companions": sum(route.decode.companion_of is not None for route in routes) / num,
                 }
                 found.append(row)
-                print(
-                    f"{prompts} / {answers} load {load}  {name:18s} ttft {row['ttft_s'][0]:.2f} / {row['ttft_s'][1]:.2f}  "
-                    f"answer {row['e2e_s'][0]:.2f} / {row['e2e_s'][1]:.2f}  aggregated {row['aggregated']:.0%}  "
-                    f"at companions {row['at_companions']:.0%}",
-                    flush=True,
-                )
+                told = "  ".join(f"{key} {row[key][0]:.2f} / {row[key][1]:.2f}" for key in ("ttft_s", "e2e_s"))
+                told += f"  aggregated {row['aggregated']:.0%}  at companions {row['at_companions']:.0%}"
+                print(f"{prompts} / {answers} load {load}  {name:18s} {told}", flush=True)
     return found
 
 
