@@ -211,7 +211,7 @@ class EngineLoop:
             self._compute.observe(rows[0].start, rows[0].stop, seconds)
         elif all(row.sequence.phase is Phase.RUNNING for row in rows):
             self.row_step_s += 0.1 * (seconds - self.row_step_s)
-            self._steps.observe(len(rows), seconds)
+            self._steps.observe(len(rows), seconds, now)
         for row, outcome in zip(rows, found, strict=True):
             sequence = row.sequence
             try:

@@ -77,7 +77,7 @@ def measure_steps(runtime: ModelRuntime, context: int) -> StepTimes:
 
     def step_s(num_rows: int) -> float:
         times = []
-        for _ in range(3):
+        for _ in range(5):
             begin = time.perf_counter()
             runtime.engine.forward([row] * num_rows)
             times.append(time.perf_counter() - begin)

@@ -178,15 +178,16 @@ class DecodeWorker:
         waiting = sum(waiting.num_tokens for waiting in self._scheduler.waiting())
         filling = [s for s in self._scheduler.all() if s.phase is not Phase.RUNNING]
         decode_s = self._codec.seconds(MASTER_LEVEL) / size
-        admission_s = self._holders.admission_s(time.monotonic())
+        now = time.monotonic()
+        admission_s = self._holders.admission_s(now)
         return {
             **({"admission_s": admission_s} if admission_s else {}),
             "prefill_tokens_per_s": size / self._compute.seconds(0, size),
             "waiting_prompt_tokens": waiting + sum(s.work[1] - s.work[0] for s in filling if s.work is not None),
             "decode_running_rows": len(self._scheduler) - len(filling),
             "decode_step_s": self._engine.row_step_s,
-            "decode_base_s": self._steps.base_s,
-            "decode_row_s": self._steps.row_s,
+            "decode_base_s": self._steps.base_s(now),
+            "decode_row_s": self._steps.row_s(now),
             "answer_tokens": self._answer_tokens,
             "load_s_per_token_ram": decode_s,
             "load_s_per_token_disk": decode_s + READ_S_PER_BYTE * self._limits.chunk_bytes[MASTER_LEVEL] / size,

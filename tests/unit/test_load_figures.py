@@ -14,16 +14,25 @@ from prefill.busy_share import BusyShare
 def test_steps_correct_what_was_measured_at_the_start() -> None:
     """Twice as slow as measured; whichever numbers of rows are seen, both parts are corrected."""
     steps, rng = StepTimes(0.01, 0.002), random.Random(1)
-    for _ in range(200):
+    for n in range(200):
         rows = rng.randint(1, 20)
-        steps.observe(rows, 2 * (0.01 + 0.002 * rows) * rng.uniform(0.9, 1.1))
-    assert steps.base_s == pytest.approx(0.02, rel=0.1) and steps.row_s == pytest.approx(0.004, rel=0.1)
+        steps.observe(rows, 2 * (0.01 + 0.002 * rows) * rng.uniform(0.9, 1.1), 0.05 * n)
+    assert steps.base_s(10.0) == pytest.approx(0.02, rel=0.1) and steps.row_s(10.0) == pytest.approx(0.004, rel=0.1)
+
+
+def test_a_worker_without_steps_is_taken_to_be_as_fast_as_it_ever_was() -> None:
+    steps = StepTimes(0.01, 0.0)
+    for now, seconds in [*((0.05 * n, 0.005) for n in range(200)), *((10 + 0.05 * n, 0.05) for n in range(200))]:
+        steps.observe(1, seconds, now)
+    assert steps.base_s(20.0) == pytest.approx(0.05, rel=0.05)
+    assert 0.01 < steps.base_s(25.0) < 0.03
+    assert steps.base_s(90.0) == pytest.approx(0.005, rel=0.01)
 
 
 def test_steps_that_were_not_measured_stay_unknown() -> None:
     steps = StepTimes(0.0, 0.0)
-    steps.observe(3, 0.1)
-    assert steps.base_s == steps.row_s == 0.0
+    steps.observe(3, 0.1, 1.0)
+    assert steps.base_s(1.0) == steps.row_s(1.0) == 0.0
 
 
 def test_admissions_while_requests_wait() -> None:
