@@ -8,8 +8,7 @@ import os
 import socket
 import threading
 import time
-from dataclasses import replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import ray
 import uvicorn
@@ -17,17 +16,16 @@ from transformers import AutoTokenizer
 
 from cluster.backend_zmq import ClusterBackend
 from cluster.gateway import create_app
-from cluster.membership import Membership, Role, WorkerInfo, follow
+from cluster.hosted_worker import HostedWorker, ServesChunks
+from cluster.membership import Membership, Role, WorkerInfo, companion_id, follow
 from cluster.openai_answers import ModelCard
-from cluster.policy_reload import POLICY_NUMBER
-from cluster.prefix_index import IndexFeed, IndexSource, PrefixIndex
+from cluster.prefix_index import PrefixIndex
 from cluster.prefix_lookup import PrefixLookup
-from cluster.route_costs import MAY_AGGREGATE
 from decode.slo import SLOPolicy
 from decode.worker import DecodeWorker
 from prefill.disk_store import StoreError
 from prefill.model import ModelRefused
-from prefill.runtime import load_runtime
+from prefill.runtime import ModelRuntime, load_runtime
 from prefill.worker import PrefillWorker
 from transport.curve import CurveKeys
 from transport.errors import TransportError
@@ -75,16 +73,8 @@ class Controller:
         return self._index.stats()
 
 
-@runtime_checkable
-class ServesChunks(Protocol):
-    """A decode worker that may give what it has stored to others; where, None: it stores nothing."""
-
-    @property
-    def kv_endpoint(self) -> str | None: ...
-
-
 class WorkerActor:
-    """A prefill or decode worker in a process of its own.
+    """A prefill or decode worker in a process of its own; or a prefill worker and its companion, which decodes.
 
     A refusal (the model, the port) is kept and told by `ready`, so that the launcher can show it in one line.
     """
@@ -99,116 +89,112 @@ class WorkerActor:
         store: dict[str, Any] | None,
         advertise: str | None,
         kv_advertise: str | None = None,
+        companion: dict[str, Any] | None = None,
     ) -> None:
         """advertise, kv_advertise: HOST:PORT under which others reach `endpoint` and `kv_endpoint`, None: as bound. One
-        without the other: what a decode worker has stored stays its own."""
+        without the other: what a decode worker has stored stays its own. companion: of a prefill worker, what a
+        DecodeWorker of the same process takes."""
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         self._refused: str | None = None
-        self._policy_number = 0  # the one that it is started with
-        self._is_cut = False  # whether the index leaves out some of what this worker holds
-        self._worker: PrefillWorker | DecodeWorker | None = None
+        self._hosted: list[HostedWorker] = []
         try:
-            loaded = load_runtime(**runtime)
-            kind = PrefillWorker if role == "prefill" else DecodeWorker
+            loaded = load_runtime(**runtime, spares_blocks=companion is not None)
             opened = None if store is None else loaded.open_store(**store)
-            self._worker = kind(loaded, store=opened, worker_id=worker_id, **_with_node_address(worker))
+            options = _with_node_address(worker)
+            if role == "decode":
+                decode = DecodeWorker(loaded, store=opened, worker_id=worker_id, **options)
+                kv_endpoint = _kv_endpoint(decode, advertise, kv_advertise)
+                self._host(worker_id, decode, options, advertise=advertise, kv_endpoint=kv_endpoint)
+            else:
+                prefill = PrefillWorker(loaded, store=opened, worker_id=worker_id, **options)
+                self._host(worker_id, prefill, options, advertise=advertise)
+                if companion is not None and loaded.spare_blocks:
+                    self._host_companion(prefill, loaded, _with_node_address(companion))
         except (ModelRefused, StoreError, TransportError) as error:
             self._refused = str(error)
             return
-        curve = worker.get("curve")
-        self._info = WorkerInfo(
-            id=worker_id,
-            role=role,
-            incarnation=f"{worker_id}-{os.getpid()}-{time.time_ns()}",
-            endpoint=f"tcp://{advertise}" if advertise else self._worker.endpoint,
-            public_key=curve.public if curve is not None else None,
-            kv_endpoint=_kv_endpoint(self._worker, advertise, kv_advertise) if role == "decode" else None,
-        )
-        self._feed = IndexFeed(self._worker) if isinstance(self._worker, IndexSource) else None
-        self._may_aggregate = role == "prefill" or may_aggregate(worker["policy"])
         self._model = {
             "max_context": loaded.model.max_context,
             "vocab_size": loaded.model.vocab_size,
             "eos_token_ids": loaded.model.eos_token_ids,
             "levels": loaded.profile.level_names,
             "fingerprint": loaded.model.fingerprint,
+            "workers": [hosted.info.id for hosted in self._hosted],
         }
         threading.Thread(target=self._report, name="report", daemon=True).start()
 
+    def _host_companion(self, prefill: PrefillWorker, loaded: ModelRuntime, options: dict[str, Any]) -> None:
+        worker_id = companion_id(prefill.worker_id)
+        source = prefill if options["prefix_caching"] else None
+        beside = loaded.with_pool(loaded.spare_blocks)
+        decode = DecodeWorker(beside, source=source, worker_id=worker_id, **options)
+        self._host(worker_id, decode, options, companion_of=prefill.worker_id)
+
+    def _host(
+        self,
+        worker_id: str,
+        worker: PrefillWorker | DecodeWorker,
+        options: dict[str, Any],
+        *,
+        advertise: str | None = None,
+        kv_endpoint: str | None = None,
+        companion_of: str | None = None,
+    ) -> None:
+        curve = options.get("curve")
+        info = WorkerInfo(
+            id=worker_id,
+            role="decode" if isinstance(worker, DecodeWorker) else "prefill",
+            incarnation=f"{worker_id}-{os.getpid()}-{time.time_ns()}",
+            endpoint=f"tcp://{advertise}" if advertise else worker.endpoint,
+            public_key=curve.public if curve is not None else None,
+            kv_endpoint=kv_endpoint,
+            companion_of=companion_of,
+        )
+        self._hosted.append(HostedWorker(worker, info, policy=options.get("policy")))
+
     def ready(self) -> dict[str, Any]:
-        """{"refused": why} or what the gateway needs to know of the model."""
+        """{"refused": why} or what the gateway needs to know of the model, and the ids of the workers here."""
         return {"refused": self._refused} if self._refused is not None else self._model
 
     def endpoint(self) -> str:
-        return self._info.endpoint
+        return self._hosted[0].info.endpoint
 
     def pid(self) -> int:
         return os.getpid()
 
-    def stats(self) -> dict[str, float]:
-        assert self._worker is not None
-        stats = self._worker.stats()
-        if self._info.role == "prefill":
-            return stats
-        return {**stats, POLICY_NUMBER: self._policy_number, MAY_AGGREGATE: float(self._may_aggregate)}
+    def stats(self, worker_id: str | None = None) -> dict[str, float]:
+        """Of one of the workers here; the first, if none is named."""
+        return next(hosted for hosted in self._hosted if worker_id in (None, hosted.info.id)).stats()
 
     def set_policy(self, number: int, policy: SLOPolicy) -> None:
         """For later requests. Reported from now on under this number, see cluster/policy_reload.py."""
-        assert isinstance(self._worker, DecodeWorker)
-        self._worker.set_policy(policy)
-        self._policy_number, self._may_aggregate = number, may_aggregate(policy)
+        for hosted in self._hosted:
+            if hosted.info.role == "decode":
+                hosted.set_policy(number, policy)
 
     def check_integrity(self) -> None:
         """For tests: raises AssertionError when something does not add up."""
-        assert self._worker is not None
-        self._worker.check_integrity()
+        for hosted in self._hosted:
+            hosted.worker.check_integrity()
 
     def _report(self) -> None:
         """A thread of its own, so that a busy engine is not taken for a dead one."""
-        assert self._worker is not None
-        controller = answer = None
+        controller = None
         while True:
             try:
-                if not self._worker.is_alive:
+                if not all(hosted.worker.is_alive for hosted in self._hosted):
                     break
                 controller = controller or ray.get_actor(CONTROLLER)
-                if answer is not None and self._hear(answer):
-                    answer = None
-                told = replace(self._info, stats=self.stats()).to_wire()
-                if self._feed is None or answer is not None:
-                    controller.report.remote(told)
-                else:
-                    answer = controller.report.remote(told, self._feed.next_changes())
+                for hosted in self._hosted:
+                    hosted.report(controller)
             except Exception:
                 # A silent worker is forgotten by all; whatever it was, the next second is another chance.
-                log.exception("%s could not report", self._info.id)
+                log.exception("%s could not report", self._hosted[0].info.id)
             time.sleep(REPORT_S)
         # Without one of its threads it would take requests and never answer: Ray starts it anew.
-        log.error("%s has lost a thread; the process ends", self._info.id)
+        log.error("%s has lost a thread; the process ends", self._hosted[0].info.id)
         logging.shutdown()
         os._exit(1)
-
-    def _hear(self, answer: Any) -> bool:
-        """The controller's answer to the last changes, if it has come: the next ones start where it says."""
-        assert self._feed is not None
-        if not ray.wait([answer], timeout=0)[0]:
-            return False
-        try:
-            epoch, is_cut = ray.get(answer)
-        except ray.exceptions.RayError as error:
-            log.warning("%s: the controller was lost: %s", self._info.id, type(error).__name__)
-            return True
-        if is_cut and not self._is_cut:
-            log.warning("%s holds more chunks than the index keeps of a worker; others find a part", self._info.id)
-        self._is_cut = is_cut
-        self._feed.confirmed(epoch)
-        return True
-
-
-def may_aggregate(policy: SLOPolicy) -> bool:
-    """Whether a decode worker may compute all of a prompt, for whomever: what the router may do without a source."""
-    tenants = [policy.for_tenant(tenant) for tenant in policy.tenants]
-    return all(one.allow_recompute and one.max_recompute_share >= 1 for one in (policy, *tenants))
 
 
 def _kv_endpoint(worker: PrefillWorker | DecodeWorker, advertise: str | None, kv_advertise: str | None) -> str | None:

@@ -62,10 +62,11 @@ class ClusterBackend:
 
     async def generate(self, request: GenerationRequest) -> AsyncIterator[GenerationEvent]:
         """Tokens in order, then one end. A request whose worker died before its first token goes to another one."""
-        error = ""
+        error, refusal = "", None
+        refusing: frozenset[str] = frozenset()
         holders = await self._holders(request)
         for _ in range(MAX_ATTEMPTS):
-            route = self._route(request, holders)
+            route = self._route(request, holders, refusing)
             if route is None:
                 break
             _remember(self._served_by, request.request_id, route.decode, MAX_KNOWN_REQUESTS)
@@ -78,6 +79,12 @@ class ClusterBackend:
                             self._sent.first_token(number)
                         yield event
                 return
+            except RequestRefused as refused:
+                if route.decode.companion_of is None:
+                    raise
+                # Its pages are fewer than a decode worker's, which may take what it cannot.
+                refusal = refused
+                refusing = frozenset(info.incarnation for info in self.table if info.companion_of is not None)
             except StreamError as lost:
                 error = str(lost)
                 log.warning("%s: %s was lost: %s", request.request_id, route.decode.id, lost)
@@ -88,7 +95,9 @@ class ClusterBackend:
                     yield FailedEvent(status=502, code="worker_lost", message=message)
                     return
             finally:
-                self._sent.ended(number)
+                self._sent.ended(number, time.monotonic())
+        if refusal is not None and not error:
+            raise refusal
         reason = f" The last error: {error}" if error else ""
         raise RequestRefused(
             f"No decode worker can be reached; try again in a few seconds.{reason}", status=503, code="no_worker"
@@ -132,18 +141,21 @@ class ClusterBackend:
             return {}
         return await self.lookup.holders(request.token_ids, request.cache_salt)
 
-    def _route(self, request: GenerationRequest, holders: Mapping[str, Coverage]) -> Route | None:
+    def _route(
+        self, request: GenerationRequest, holders: Mapping[str, Coverage], refusing: frozenset[str]
+    ) -> Route | None:
         route = choose_route(
             self.table,
             request.token_ids,
             chunk_tokens=self._chunk_tokens,
             cache_salt=request.cache_salt,
             in_flight=self._sent.in_flight(),
-            avoid=self._lost_lately(),
+            avoid=self._lost_lately() | refusing,
             holders=holders,
             pending=self._sent.pending(time.monotonic()),
             way=way_of(request),
             prefer=self._group_at.get(request.group),
+            max_tokens=request.sampling.max_tokens,
         )
         if route is not None and request.group:
             _remember(self._group_at, request.group, route.decode.incarnation, MAX_KNOWN_GROUPS)

@@ -136,6 +136,12 @@ class ServeFile(BaseModel):
     kv_memory: Bytes | None = Field(
         default=None, description="A worker's paged pool in bytes, such as 1GiB. Not with kv_blocks."
     )
+    prefill_decodes: bool = Field(
+        default=True,
+        description="Prefill workers also decode, when decode workers have more to do: with the pages that one full "
+        "context leaves of theirs, at least half. Not those with `link.prefill.advertise`. false: they only compute "
+        "prompts.",
+    )
     prefix_caching: bool = Field(
         default=True,
         description="Decode workers keep what they served: its pages, which requests with the same prefix share, and "

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from cluster.actors import CONTROLLER, Controller, GatewayActor, WorkerActor
 from cluster.config import ServeConfig, StartRefused, WorkerLink
-from cluster.membership import Role, WorkerInfo
+from cluster.membership import Role, WorkerInfo, host_id
 from cluster.policy import why_unservable
 from cluster.policy_reload import PolicyKeeper
 from decode.slo import SLOPolicy
@@ -120,7 +120,7 @@ def policy_keeper(config: ServeConfig, cluster: RunningCluster, *, say: Callable
 
     def tell(worker_id: str, number: int, policy: SLOPolicy) -> None:
         try:
-            ray.get(cluster.workers[worker_id].set_policy.remote(number, policy), timeout=CALL_TIMEOUT_S)
+            ray.get(cluster.workers[host_id(worker_id)].set_policy.remote(number, policy), timeout=CALL_TIMEOUT_S)
         except ray.exceptions.RayError as error:
             say(f"{worker_id} has not taken policy {number} yet: {_cause(error)}")
 
@@ -189,13 +189,16 @@ def _start(config: ServeConfig) -> RunningCluster:
                 "curve": make_server_keys(),
             }
             worker_id = f"{role}-{number}"
+            decoding = {
+                "policy": config.policy,
+                "chunk_tokens": config.chunk_tokens,
+                "prefix_caching": config.prefix_caching,
+            }
+            companion = None
             if role == "decode":
-                worker |= {
-                    "policy": config.policy,
-                    "chunk_tokens": config.chunk_tokens,
-                    "prefix_caching": config.prefix_caching,
-                    "kv_bind": _bind(WorkerLink(), is_local),
-                }
+                worker |= {**decoding, "kv_bind": _bind(WorkerLink(), is_local)}
+            elif config.prefill_decodes and link.advertise is None:  # nobody says where others would reach it
+                companion = {**worker, **decoding, "bind": _bind(WorkerLink(), is_local)}
             workers[worker_id] = actor.options(
                 num_cpus=0, num_gpus=gpus, resources={role: 1}, max_restarts=-1, runtime_env=environment
             ).remote(
@@ -205,6 +208,7 @@ def _start(config: ServeConfig) -> RunningCluster:
                 worker=worker,
                 store=_store(config, worker_id) if role == "prefill" or config.prefix_caching else None,
                 advertise=link.advertise,
+                companion=companion,
             )
     name = config.model_name or Path(config.model).resolve().name
     gateway = (  # made while the workers load, so that its own imports do not add to the start
@@ -220,11 +224,11 @@ def _start(config: ServeConfig) -> RunningCluster:
             curve=client_keys,
         )
     )
-    model = _wait_until_ready(workers)
+    model, num_workers = _wait_until_ready(workers)
     if reasons := why_unservable(config.policy, levels=model["levels"], num_prefill=config.num_prefill):
         raise StartRefused("; ".join(reasons))
     try:
-        port = ray.get(gateway.start.remote(model, len(workers), START_TIMEOUT_S), timeout=START_TIMEOUT_S)
+        port = ray.get(gateway.start.remote(model, num_workers, START_TIMEOUT_S), timeout=START_TIMEOUT_S)
     except ray.exceptions.RayError as error:
         raise StartRefused(f"the gateway could not start on {config.host}:{config.port}: {_cause(error)}") from error
     host = f"[{config.host}]" if ":" in config.host else config.host
@@ -316,8 +320,10 @@ def _bind(link: WorkerLink, is_local: bool) -> str:
     return "tcp://127.0.0.1:0" if is_local else "tcp://NODE:0"
 
 
-def _wait_until_ready(workers: dict[str, Any]) -> dict[str, Any]:
+def _wait_until_ready(workers: dict[str, Any]) -> tuple[dict[str, Any], int]:
+    """What the gateway needs to know of the model, and how many workers there are, companions with them."""
     model: dict[str, Any] = {}
+    num_workers = 0
     for worker_id, worker in workers.items():
         try:
             model = ray.get(worker.ready.remote(), timeout=START_TIMEOUT_S)
@@ -330,7 +336,8 @@ def _wait_until_ready(workers: dict[str, Any]) -> dict[str, Any]:
             ) from error
         if model.get("refused") is not None:
             raise StartRefused(f"{worker_id} could not start: {model['refused']}")
-    return model
+        num_workers += len(model["workers"])
+    return model, num_workers
 
 
 def _first_line(error: BaseException) -> str:

@@ -15,12 +15,25 @@ EXPIRED_S = 10.0  # silent for so long: forgotten; it may come back with a new r
 
 Role = Literal["prefill", "decode"]
 
+COMPANION = "/decode"
+
+
+def companion_id(prefill_id: str) -> str:
+    """Of the decode worker in a prefill worker's process."""
+    return prefill_id + COMPANION
+
+
+def host_id(worker_id: str) -> str:
+    """Of the worker whose process this one is in: itself, if it is no companion."""
+    return worker_id.removesuffix(COMPANION)
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerInfo:
     """A worker's report. `endpoint`: where KV (prefill) or tokens (decode) are served; `kv_endpoint`: where a decode
     worker serves what it has stored, None if it does not; an incarnation is one life of the worker's process; `stats`:
-    its counters and gauges, by metric name without prefix; `age_s`: how old the report is, in a table."""
+    its counters and gauges, by metric name without prefix; `age_s`: how old the report is, in a table; `companion_of`:
+    the prefill worker in whose process, on whose cores and with whose store this one decodes."""
 
     id: str
     role: Role
@@ -31,6 +44,7 @@ class WorkerInfo:
     stats: Mapping[str, float] = field(default_factory=dict)
     kv_endpoint: str | None = None
     age_s: float = 0.0
+    companion_of: str | None = None
 
     @property
     def source_endpoint(self) -> str | None:

@@ -24,7 +24,9 @@ from cluster.route_costs import (
     Prompt,
     RouteWeights,
     WorkerCosts,
+    companion_price_s,
     disturbance_price_s,
+    expected_answer,
     is_better_alone,
     on_decode_worker,
     on_prefill_worker,
@@ -89,8 +91,8 @@ class _Computing:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class _Choice:
-    """One decode worker, and the better way to serve the prompt there. cost_s: with the price for others; rows: that
-    run there."""
+    """One decode worker, and the better way to serve the prompt there. cost_s: with the answer and the price for
+    others; rows: that run there."""
 
     worker: WorkerInfo
     local: LocalEstimate
@@ -120,13 +122,14 @@ def choose_route(
     way: KVWay = "auto",
     prefer: str | None = None,
     weights: RouteWeights | None = None,
+    max_tokens: int | None = None,
 ) -> Route | None:
-    """The decode worker with the least estimated time to first token, and who may have the prompt's KV. None if no
-    decode worker can be reached.
+    """The decode worker with the least estimated time to first token and for the answer, and who may have the prompt's
+    KV. None if no decode worker can be reached.
 
     in_flight: this gateway's requests by worker; pending: those of them since the worker's last report. avoid:
     incarnations that just failed. holders: the index's answer for this prompt's chunks. prefer: the incarnation that
-    has the rest of the request's group; it is taken if it can be.
+    has the rest of the request's group; it is taken if it can be. max_tokens: of the answer.
     """
     usable = [info for info in table if not info.is_suspect and info.incarnation not in avoid]
     decoders = [info for info in usable if info.role == "decode"]
@@ -134,7 +137,7 @@ def choose_route(
         return None
     num_chunks = num_loadable_chunks(max(1, len(token_ids)), chunk_tokens)
     prompt = Prompt(num_tokens=max(1, len(token_ids)), num_chunks=num_chunks, chunk_tokens=chunk_tokens)
-    world = _World(usable, prompt, in_flight, holders or {}, pending or {}, weights or RouteWeights())
+    world = _World(usable, prompt, in_flight, holders or {}, pending or {}, weights or RouteWeights(), max_tokens)
     key = token_ids[:chunk_tokens]
     prefill = owners([info for info in usable if info.role == "prefill"], key, cache_salt)
     computing = world.computing_source(prefill) if num_chunks and way != "compute" else None
@@ -145,12 +148,18 @@ def choose_route(
 
 
 def _best(choices: Sequence[_Choice], key: Sequence[int], cache_salt: str, weights: RouteWeights) -> _Choice:
-    """The cheapest. Among the nearly cheapest the one with the fewest running requests, and among those the document's
-    own: so an idle cluster's conversations return to their worker even when nobody knows what it holds."""
-    enough_s = min(choice.cost_s for choice in choices) * (1.0 + weights.tie_share)
+    """The cheapest. Among the nearly cheapest the one with the fewest running requests, a decode worker before one that
+    shares its cores with a prefill worker, and then the document's own: so an idle cluster's conversations return to
+    their worker even when nobody knows what it holds."""
+    best = min(choices, key=lambda choice: choice.cost_s)
+    enough_s = best.cost_s + best.estimate_s * weights.tie_share
     near = [choice for choice in choices if choice.cost_s <= enough_s]
-    fewest = min(choice.rows for choice in near)
-    least = {choice.worker.id: choice for choice in near if choice.rows == fewest}
+
+    def rank(choice: _Choice) -> tuple[float, bool]:
+        return choice.rows, choice.worker.companion_of is not None
+
+    first = min(map(rank, near))
+    least = {choice.worker.id: choice for choice in near if rank(choice) == first}
     return least[owners([choice.worker for choice in least.values()], key, cache_salt)[0].id]
 
 
@@ -165,9 +174,13 @@ class _World:
         holders: Mapping[str, Coverage],
         pending: Mapping[str, Pending],
         weights: RouteWeights,
+        max_tokens: int | None,
     ) -> None:
         self.prompt, self.weights = prompt, weights
         self._in_flight, self._pending = in_flight, pending
+        self._answer_tokens = expected_answer([info.stats for info in usable], max_tokens)
+        self._beside = {info.companion_of: info.id for info in usable if info.companion_of is not None}
+        self._beside |= {companion: prefill for prefill, companion in self._beside.items()}
         # An earlier life of a worker held what it held.
         self._held = {
             info.id: held
@@ -202,9 +215,11 @@ class _World:
                 continue
             costs = self._costs(info)
             missing = nowhere or self.prompt.all_chunks
-            estimate = on_prefill_worker(costs, self.prompt, own=held, stored=self._stored, missing=missing)
+            estimate = on_prefill_worker(
+                costs, self.prompt, own=held, stored=self._stored, missing=missing, weights=self.weights
+            )
             share = self.weights.tie_share
-            if best is None or estimate.ready_s * (1.0 + share) < best.estimate.ready_s:
+            if best is None or estimate.cost_s * (1.0 + share) < best.estimate.cost_s:
                 best = _Computing(worker=info, estimate=estimate, is_measured=costs.is_measured)
         return best
 
@@ -213,22 +228,29 @@ class _World:
         own = self._held.get(info.id)
         may_load = way != "compute"
         local = on_decode_worker(costs, prompt, own=own, stored=self._stored, may_load=may_load)
-        price_s = disturbance_price_s(costs, prompt, local, self.weights)
+        new_tokens = local.compute_tokens - prompt.tail_tokens
+        price_s = disturbance_price_s(costs, new_tokens, local.alone_s, self.weights)
         if computing is None:
             is_aggregated = True
         elif way == "load" or info.stats.get(MAY_AGGREGATE, 1.0) == 0.0:
             is_aggregated = False
-        elif not local.missing:
+        elif not local.missing or info.companion_of == computing.worker.id:
             is_aggregated = True
         else:
             through_s = through_prefill_s(costs, prompt, local, computing.estimate)
             # Without measured speeds nothing is known of who is faster, and the decode worker may still compute all.
             is_judged = computing.is_measured and costs.is_measured
+            through_s += computing.estimate.price_s
             is_aggregated = is_judged and is_better_alone(local.alone_s, price_s, through_s)
         if is_aggregated or computing is None:
             estimate_s, cost_s = local.alone_s, local.alone_s + price_s
         else:
-            estimate_s = cost_s = through_prefill_s(costs, prompt, local, computing.estimate)
+            estimate_s = through_prefill_s(costs, prompt, local, computing.estimate)
+            cost_s = estimate_s + computing.estimate.price_s
+        computed = local.compute_tokens if is_aggregated else prompt.tail_tokens
+        cost_s += self.weights.answer * costs.answer_s(self._answer_tokens, computed)
+        if info.companion_of is not None:
+            cost_s += companion_price_s(costs, self._answer_tokens, self.weights)
         return _Choice(
             worker=info, local=local, is_aggregated=is_aggregated, estimate_s=estimate_s, cost_s=cost_s, rows=costs.rows
         )
@@ -256,7 +278,9 @@ class _World:
     ) -> tuple[RouteSource, ...]:
         """Who computes; then who holds the most of what nobody before holds; then, if somebody computes, who would own
         the prompt without him: he takes over when the first is lost, and may have what the first has not."""
-        owning = [info.id for info in prefill[:MAX_OWNERS]] if computing is not None else []
+        # A companion has what its prefill worker has, in the store that they share.
+        taken = {choice.worker.id, choice.worker.companion_of}
+        owning = [info.id for info in prefill[:MAX_OWNERS] if info.id not in taken] if computing is not None else []
         needed, own = self.prompt.all_chunks, self._held.get(choice.worker.id)
         if own is not None:
             needed &= ~(own.stored | ((1 << own.leading[0]) - 1))
@@ -265,7 +289,7 @@ class _World:
             found.append(computing.id)
             needed &= ~self._stored_at(computing.id)
         while len(found) < MAX_SOURCES and needed:
-            best = self._best_holder(needed, {choice.worker.id, *found})
+            best = self._best_holder(needed, {*taken, *found})
             if best is None:
                 break
             found.append(best)
@@ -280,7 +304,7 @@ class _World:
             for name in found
         )
 
-    def _best_holder(self, needed: int, taken: Collection[str]) -> str | None:
+    def _best_holder(self, needed: int, taken: Collection[str | None]) -> str | None:
         """Who has the most of these chunks. Equals: RAM before disk, the idle before the busy."""
 
         def worth(name: str) -> tuple[int, int, float]:
@@ -302,13 +326,18 @@ class _World:
 
     def _costs(self, info: WorkerInfo) -> WorkerCosts:
         if info.id not in self._known_costs:
-            self._known_costs[info.id] = WorkerCosts.of(
-                info.stats,
-                in_flight=self._in_flight.get(info.id, 0),
-                pending=self._pending.get(info.id, NOTHING_PENDING),
-                chunk_tokens=self.prompt.chunk_tokens,
-            )
+            beside = self._by_id.get(self._beside.get(info.id, ""))
+            self._known_costs[info.id] = self._costs_of(info, None if beside is None else self._costs_of(beside, None))
         return self._known_costs[info.id]
+
+    def _costs_of(self, info: WorkerInfo, beside: WorkerCosts | None) -> WorkerCosts:
+        return WorkerCosts.of(
+            info.stats,
+            in_flight=self._in_flight.get(info.id, 0),
+            pending=self._pending.get(info.id, NOTHING_PENDING),
+            chunk_tokens=self.prompt.chunk_tokens,
+            beside=beside,
+        )
 
 
 def owners(sources: Sequence[WorkerInfo], first_chunk: Sequence[int], cache_salt: str) -> tuple[WorkerInfo, ...]:

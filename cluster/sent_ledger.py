@@ -28,6 +28,7 @@ class SentLedger:
         self._numbers = itertools.count()
         self._sent: dict[int, _Sent] = {}
         self._reported_at: dict[str, float] = {}
+        self._ended: list[tuple[str, float, float]] = []  # decode worker, sent and ended at; in no report yet
 
     def send(self, decode_id: str, prompt_tokens: Mapping[str, int], now: float) -> int:
         """A request goes to a decode worker; workers are expected to compute so much of it. Its number here."""
@@ -38,12 +39,18 @@ class SentLedger:
     def first_token(self, number: int) -> None:
         self._sent[number].prompt_tokens.clear()
 
-    def ended(self, number: int) -> None:
-        del self._sent[number]
+    def ended(self, number: int, now: float) -> None:
+        sent = self._sent.pop(number)
+        self._ended.append((sent.decode_id, sent.at, now))
 
     def follow(self, table: Iterable[WorkerInfo], now: float) -> None:
         """A new table has come."""
         self._reported_at = {info.id: now - info.age_s for info in table}
+        self._ended = [
+            (worker_id, sent_at, ended_at)
+            for worker_id, sent_at, ended_at in self._ended
+            if worker_id in self._reported_at and self._is_unreported(worker_id, ended_at)
+        ]
 
     def in_flight(self) -> Counter[str]:
         """Requests by decode worker."""
@@ -58,8 +65,15 @@ class SentLedger:
             for worker_id, tokens in one.prompt_tokens.items():
                 if self._is_unreported(worker_id, one.at):
                     sent[worker_id].append((now - one.at, tokens))
+        ended = Counter(
+            worker_id
+            for worker_id, sent_at, ended_at in self._ended
+            if self._is_unreported(worker_id, ended_at) and not self._is_unreported(worker_id, sent_at)
+        )
         return {
-            worker_id: Pending(age_s=now - at, sent=tuple(sent[worker_id]), requests=requests[worker_id])
+            worker_id: Pending(
+                age_s=now - at, sent=tuple(sent[worker_id]), requests=requests[worker_id], ended=ended[worker_id]
+            )
             for worker_id, at in self._reported_at.items()
         }
 

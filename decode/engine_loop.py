@@ -20,6 +20,7 @@ from decode.requests import TokenLogprobs
 from decode.sampling import Drawn
 from decode.scheduler import Phase, Row, Scheduler, Sequence
 from decode.step_outcome import Outcome, outcomes, scores_prompt
+from decode.step_times import StepTimes
 from decode.tagged_pages import TaggedPages
 from prefill.engine import SequenceSlice
 from prefill.runtime import ModelRuntime
@@ -60,12 +61,14 @@ class EngineLoop:
         pages: TaggedPages,
         compute: ComputeEstimator,
         chunk_tokens: int,
+        steps: StepTimes,
         name: str,
     ) -> None:
         self._engine, self._owner, self._lock = runtime.engine, owner, lock
         self._scheduler, self._requests, self._pages = scheduler, requests, pages
         self._compute, self._chunk_tokens, self._name = compute, chunk_tokens, name
         self.row_step_s = 0.0  # what a step without any prompt takes
+        self._steps = steps
         self._stopping = False
         self.num_prompt_tokens = 0  # computed so far
         self._thread = threading.Thread(target=self._run, name="decode-engine", daemon=True)
@@ -174,7 +177,7 @@ class EngineLoop:
         return max(MIN_SLICE_TOKENS, min(tokens, size))
 
     def _step(self, rows: list[Row]) -> None:
-        begin = time.monotonic()
+        begin, waited_s = time.monotonic(), 0.0
         requests = [self._requests.get(row.sequence.key) for row in rows]  # None: cancelled since
         states = [None if request is None else request.sampling for request in requests]
         is_scored = [scores_prompt(row, state) for row, state in zip(rows, states)]
@@ -191,6 +194,7 @@ class EngineLoop:
                     for row, scored in zip(rows, is_scored)
                 ]
             )
+            waited_s = self._engine.waited_s
             found = outcomes(rows, states, is_scored, logits)
             for item in found:
                 if isinstance(item, Exception):
@@ -200,13 +204,14 @@ class EngineLoop:
             found = [error] * len(rows)
         now = time.monotonic()
         with self._lock:
-            self._after_step(rows, found, now - begin, now)
+            self._after_step(rows, found, now - begin - waited_s, now)
 
     def _after_step(self, rows: list[Row], found: list[Outcome | Exception], seconds: float, now: float) -> None:
         if len(rows) == 1 and not rows[0].sample and found[0] == Outcome():
             self._compute.observe(rows[0].start, rows[0].stop, seconds)
         elif all(row.sequence.phase is Phase.RUNNING for row in rows):
             self.row_step_s += 0.1 * (seconds - self.row_step_s)
+            self._steps.observe(len(rows), seconds, now)
         for row, outcome in zip(rows, found, strict=True):
             sequence = row.sequence
             try:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Protocol
 
 from decode.active_request import ActiveRequest
+from decode.admission_times import AdmissionTimes
 from decode.scheduler import Phase, Scheduler, Sequence, Waiting
 from decode.tagged_pages import PageTable, TaggedPages
 from prefill.block_pool import PoolExhausted
@@ -43,6 +44,7 @@ class PageHolders:
         self._being_filled: dict[bytes, str] = {}  # blocks by key: the request that others wait for to have them
         self._arrivals = 0
         self._is_admitting, self._now = False, 0.0
+        self._admissions = AdmissionTimes()
 
     def submit(self, key: str, *, deadline: float, now: float) -> None:
         """A new request waits to be admitted. Raises QueueRefused."""
@@ -74,6 +76,11 @@ class PageHolders:
         finally:
             self._is_admitting = False
 
+    def admission_s(self, now: float) -> float:
+        """Between two admissions while requests wait; 0: none has waited yet."""
+        longest_s = max((now - waiting.since for waiting in self._scheduler.waiting()), default=0.0)
+        return self._admissions.seconds(longest_s, now)
+
     def _can_join(self, waiting: Waiting) -> bool:
         """Whether what it needs first is on its way into the pages for another request, in a quality that will do."""
         state = self._requests[waiting.key]
@@ -103,6 +110,7 @@ class PageHolders:
     def _begin(self, waiting: Waiting, now: float) -> None:
         key, state = waiting.key, self._requests[waiting.key]
         assert state.pages is not None
+        self._admissions.admitted(now - waiting.since, now)
         sequence = self._owner.admitted(key, waiting.sequence, waiting.arrival, now)
         sequence.block_table = state.pages.blocks
         self._scheduler.add(sequence, waiting)

@@ -8,9 +8,12 @@ from codec.levels import LevelKind
 from codec.profile import Profile
 from decode.admission import WorkerLimits
 from decode.estimator import ComputeEstimator
+from decode.step_times import StepTimes
 from prefill.block_pool import blocks_for
 from prefill.engine import SequenceSlice
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime
+
+MEASURED_ROWS = 15  # that a decode step has besides one
 
 
 def worker_limits(runtime: ModelRuntime, chunk_tokens: int) -> WorkerLimits:
@@ -64,6 +67,28 @@ def measure_compute(runtime: ModelRuntime, chunk_tokens: int) -> ComputeEstimato
     return ComputeEstimator.from_slices(
         timed(tokens, 0), timed(tokens, far), short_near=timed(few, 0), short_far=timed(few, far)
     )
+
+
+def measure_steps(runtime: ModelRuntime, context: int) -> StepTimes:
+    """Decode steps of one row and of several, after `context` tokens or as many as the pages hold."""
+    context = min(context, runtime.model.max_context, runtime.pool.num_blocks * BLOCK_TOKENS)
+    table = runtime.allocator.allocate(blocks_for(context, BLOCK_TOKENS))
+    row = SequenceSlice(token_ids=[0], start=context - 1, block_table=table, need_logits=True)
+
+    def step_s(num_rows: int) -> float:
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            runtime.engine.forward([row] * num_rows)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    try:
+        one_s, more_s = step_s(1), step_s(1 + MEASURED_ROWS)
+    finally:
+        runtime.allocator.release(table)
+    row_s = min(max(0.0, (more_s - one_s) / MEASURED_ROWS), one_s)
+    return StepTimes(one_s - row_s, row_s)
 
 
 def measure_decode(runtime: ModelRuntime, chunk_tokens: int) -> dict[str, float]:

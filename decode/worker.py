@@ -30,7 +30,7 @@ from decode.sampling import Drawn
 from decode.sampling_state import SamplingState
 from decode.scheduler import Phase, QueueRefused, Scheduler, SchedulingPolicy, Sequence
 from decode.slo import SLOPolicy
-from decode.startup import measure_compute, measure_decode, promised_kl, worker_limits
+from decode.startup import measure_compute, measure_decode, measure_steps, promised_kl, worker_limits
 from decode.tagged_pages import TaggedPages
 from prefill.chunks import num_loadable_chunks
 from prefill.held_chunks import HeldChunks
@@ -58,16 +58,22 @@ class DecodeWorker:
         chunk_tokens: int = 256,
         prefix_caching: bool = True,
         store: ChunkStore | None = None,
+        source: KVSource | None = None,
         kv_bind: str = "tcp://127.0.0.1:0",
         worker_id: str = "decode-0",
         curve: CurveKeys | None = None,
         insecure: bool = False,
     ) -> None:
+        """source: of a prefill worker in this process, which keeps and serves what is computed here instead of a source
+        over `store`."""
+        assert store is None or source is None
         self.worker_id = worker_id
         self._runtime, self._policy = runtime, policy
         self._limits = worker_limits(runtime, chunk_tokens)
         self._promised_kl = promised_kl(runtime.profile)
         self._compute = measure_compute(runtime, chunk_tokens)
+        self._steps = measure_steps(runtime, chunk_tokens)
+        self._answer_tokens = 0.0  # on average
         self._pages = TaggedPages(runtime, chunk_tokens=chunk_tokens, shares_prefixes=prefix_caching)
         self._lock = threading.Condition(threading.RLock())
         blocks = runtime.pool.num_blocks
@@ -101,10 +107,11 @@ class DecodeWorker:
             pages=self._pages,
             compute=self._compute,
             chunk_tokens=chunk_tokens,
+            steps=self._steps,
             name=worker_id,
         )
         # What it computes itself it keeps and serves, to others and to itself.
-        self.source: KVSource | None = None
+        self.source, self._owns_source = source, source is None
         self._serving = threading.Event()  # the server's thread may call before `self.server` is set
         try:
             if store is not None:
@@ -116,8 +123,7 @@ class DecodeWorker:
             )
         except BaseException:
             self._puller.shutdown()
-            if self.source is not None:
-                self.source.shutdown()
+            self._end_source()
             raise
         self._kept = KeptChunks(
             runtime,
@@ -127,7 +133,7 @@ class DecodeWorker:
             worker_id=worker_id,
             public_key=None if curve is None else curve.public,
         )
-        self._held = HeldChunks(store, self._chunks_in_pages)
+        self._held = HeldChunks(None if self.source is None else self.source.store, self._chunks_in_pages)
         self._serving.set()
         self._engine.start()
 
@@ -137,8 +143,8 @@ class DecodeWorker:
 
     @property
     def kv_endpoint(self) -> str | None:
-        """Where it serves what it keeps; None: it keeps nothing."""
-        return None if self.source is None else self.source.endpoint
+        """Where it serves what it keeps; None: it keeps nothing, or another worker serves it."""
+        return self.source.endpoint if self.source is not None and self._owns_source else None
 
     def index_changes(self, since: int | None) -> dict[str, Any]:
         """What it holds, for the cluster's index. See HeldChunks."""
@@ -163,7 +169,7 @@ class DecodeWorker:
                 "decode_preemptions_total": self._scheduler.num_preemptions,
                 "kv_cache_usage_perc": self._pages.usage(),
                 "kv_blocks_cached": self._pages.num_cached,
-                **({} if self.source is None else self.source.source_stats("decode_kv")),
+                **(self.source.source_stats("decode_kv") if self.source is not None and self._owns_source else {}),
             }
 
     def _speeds(self) -> dict[str, float]:
@@ -172,11 +178,17 @@ class DecodeWorker:
         waiting = sum(waiting.num_tokens for waiting in self._scheduler.waiting())
         filling = [s for s in self._scheduler.all() if s.phase is not Phase.RUNNING]
         decode_s = self._codec.seconds(MASTER_LEVEL) / size
+        now = time.monotonic()
+        admission_s = self._holders.admission_s(now)
         return {
+            **({"admission_s": admission_s} if admission_s else {}),
             "prefill_tokens_per_s": size / self._compute.seconds(0, size),
             "waiting_prompt_tokens": waiting + sum(s.work[1] - s.work[0] for s in filling if s.work is not None),
             "decode_running_rows": len(self._scheduler) - len(filling),
             "decode_step_s": self._engine.row_step_s,
+            "decode_base_s": self._steps.base_s(now),
+            "decode_row_s": self._steps.row_s(now),
+            "answer_tokens": self._answer_tokens,
             "load_s_per_token_ram": decode_s,
             "load_s_per_token_disk": decode_s + READ_S_PER_BYTE * self._limits.chunk_bytes[MASTER_LEVEL] / size,
             "load_s_per_token_remote": self._remote_s_per_token,
@@ -205,7 +217,10 @@ class DecodeWorker:
         self.server.shutdown()
         self._engine.join()
         self._puller.shutdown()
-        if self.source is not None:
+        self._end_source()
+
+    def _end_source(self) -> None:
+        if self.source is not None and self._owns_source:
             self.source.shutdown()
 
     # -- requests, in the stream server's thread ------------------------------------------------------------------
@@ -316,7 +331,8 @@ class DecodeWorker:
             sequence.key,
             spec,
             sources=state.sources,
-            token_ids=sequence.token_ids(0, state.fill_tokens),
+            # Chunks and the token behind them; of an answer that was given up they may be fewer than could be had.
+            token_ids=sequence.token_ids(0, state.loaded_tokens + 1),
             cache_salt=state.request.cache_salt,
             block_table=sequence.block_table,
             max_kl=state.max_kl or EXACT,
@@ -461,6 +477,9 @@ class DecodeWorker:
             return
         receipt = self._end(sequence.key, "finished")
         assert receipt is not None
+        # Of the first there is nothing to average with.
+        weight = 0.1 if self._answer_tokens else 1.0
+        self._answer_tokens += weight * (len(sequence.output) - self._answer_tokens)
         finished = finished_event(
             token,
             drawn.logprobs,

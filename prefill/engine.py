@@ -1,7 +1,7 @@
 """One forward pass over slices of many sequences, KV in pages. Knows torch and the model; schedules nothing.
 
 The engine keeps no state of its own but the pool's tensors: which blocks belong to whom, and what runs next, is the
-caller's business. Not thread-safe: one engine, one thread.
+caller's business. Not thread-safe: one engine, one thread. Engines over one model (`beside`) take turns, pass by pass.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from prefill.kv_layout import KVLayout
 from prefill.model import LoadedModel
 from prefill.packed_linear import PackedLinear, pack_linears, pack_weight, packed_product
 from prefill.quantized_layout import RING_TOKENS
+from prefill.turns import Turns
 
 if TYPE_CHECKING:  # these bring Triton along, which takes a while and is for GPUs
     from prefill.cuda_attention import DecodePages
@@ -83,6 +84,7 @@ class Engine:
         row_multiple: int | None = None,
         capture: Capture | None = None,
         is_fused: bool = True,
+        turns: Turns | None = None,
     ) -> None:
         assert pool.layout == model.layout, (pool.layout, model.layout)
         self.model = model
@@ -93,6 +95,8 @@ class Engine:
         if row_multiple is None:
             row_multiple = 1 if is_on_gpu else measured_row_multiple(model, attention=pool.uses_torch_products)
         self.row_multiple = row_multiple
+        self._turns = turns or Turns()
+        self.waited_s = 0.0  # the last pass, for its turn
         if is_fused and not is_on_gpu:
             pad_experts(model.model, row_multiple)
         self.num_replayed = 0  # steps that were a graph's
@@ -103,6 +107,10 @@ class Engine:
             from prefill.decode_graphs import graphs_for
 
             self._graphs = graphs_for(model, pool.decode_pages, pool, row_multiple=row_multiple, capture=capture)
+
+    def beside(self, pool: PagePool) -> Engine:
+        """Another one over the same model, with a pool of its own."""
+        return Engine(self.model, pool, row_multiple=self.row_multiple, turns=self._turns)
 
     def forward(self, slices: Sequence[SequenceSlice]) -> Tensor:
         """Compute all slices in one pass, write their KV into the pages, and return the logits after the last
@@ -117,7 +125,8 @@ class Engine:
         if not spans:
             return torch.empty(0, self.model.vocab_size, device=self.model.device)
         if self._graphs is not None and len(wanted) == len(slices):
-            logits = self._graphs.forward(slices)
+            with self._turns.turn() as self.waited_s:
+                logits = self._graphs.forward(slices)
             if logits is not None:
                 self.num_replayed += 1
                 return logits
@@ -125,7 +134,7 @@ class Engine:
         ids = self._padded([token for s in slices for token in s.token_ids])
         positions = self._padded([position for span in spans for position in range(span.start, span.stop)])
         network = self.model.model
-        with torch.inference_mode():
+        with self._turns.turn() as self.waited_s, torch.inference_mode():
             if not wanted:  # spare the projection to the vocabulary
                 network.base_model(ids[None], position_ids=positions[None], use_cache=False, kv=batch)
                 return torch.empty(0, self.model.vocab_size, device=self.model.device)

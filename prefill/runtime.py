@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,7 +41,8 @@ GPU_RUNTIME_BYTES = 2 << 30  # the same on a GPU, with recorded decode steps (pr
 
 @dataclass(slots=True, kw_only=True)
 class ModelRuntime:
-    """A loaded model with its codec profile, its paged pool and the engine over both."""
+    """A loaded model with its codec profile, its paged pool and the engine over both. spare_blocks: for which there is
+    memory besides the pool."""
 
     model: LoadedModel
     profile: Profile
@@ -49,6 +50,7 @@ class ModelRuntime:
     allocator: BlockPool
     engine: Engine
     codec: ChunkCodec = field(default_factory=HostCodec)
+    spare_blocks: int = 0
     _rope_tables: dict[tuple[int, int], RopeTable] = field(default_factory=dict)
 
     def greeting(self) -> Greeting:
@@ -60,6 +62,13 @@ class ModelRuntime:
                 f"L{layout.num_layers}.H{layout.num_kv_heads}.K{layout.head_dim_k}.V{layout.head_dim_v}.{layout.dtype}"
             ),
             codec_profile=self.profile.id,
+        )
+
+    def with_pool(self, num_blocks: int) -> ModelRuntime:
+        """The same model with other pages, and an engine whose passes take turns with this one's."""
+        pool = KVPool(self.model.layout, num_blocks, BLOCK_TOKENS, self.model.device)
+        return replace(
+            self, pool=pool, allocator=BlockPool(num_blocks), engine=self.engine.beside(pool), spare_blocks=0
         )
 
     def open_store(
@@ -150,6 +159,7 @@ def load_runtime(
     kv_memory_bytes: int | None = None,
     threads: int = 1,
     device: str = "auto",
+    spares_blocks: bool = False,
 ) -> ModelRuntime:
     """Load the model folder and everything around it. Raises prefill.model.ModelRefused, before anything is loaded if
     weights and pages do not fit the memory that is left now.
@@ -157,6 +167,7 @@ def load_runtime(
     `device`: auto (the GPU if there is one), cpu or cuda.
 
     The pool holds `num_blocks` blocks, or as many as `kv_memory_bytes` hold; by default eight full contexts.
+    spares_blocks: it holds what one full context needs of these, but not more than half; the rest is spared.
     """
     torch.set_num_threads(threads)
     place = pick_device(device)
@@ -166,6 +177,10 @@ def load_runtime(
         num_blocks = by_memory or 8 * blocks_for(size.max_context, BLOCK_TOKENS)
     runtime_bytes = RUNTIME_BYTES if place.type == "cpu" else GPU_RUNTIME_BYTES
     check_fits(size, memory_bytes=available_bytes(place), num_blocks=num_blocks, runtime_bytes=runtime_bytes)
+    spare_blocks = 0
+    if spares_blocks and num_blocks > 1:
+        spare_blocks = num_blocks - min(num_blocks // 2, blocks_for(size.max_context, BLOCK_TOKENS))
+        num_blocks -= spare_blocks
     model = load_model(path, dtype=dtype, device=str(place))
     pool = KVPool(model.layout, num_blocks, BLOCK_TOKENS, place)
     profile = _profile_of(Path(path), model)
@@ -177,6 +192,7 @@ def load_runtime(
         allocator=BlockPool(num_blocks),
         engine=Engine(model, pool),
         codec=codec_for(place, profile, rope, model.layout.torch_dtype),
+        spare_blocks=spare_blocks,
     )
     warmup(runtime.profile)
     return runtime

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 from prefill.block_pool import blocks_for
+from prefill.busy_share import BusyShare
 from prefill.kv_source import MAX_FRESH_CHUNKS, KVSource
 from prefill.open_request import OpenRequest
 from prefill.page_quality import EXACT
@@ -43,6 +44,7 @@ class PrefillWorker(KVSource):
         # Alone, in whole chunks: what routes are chosen by (docs/routing.md).
         num_tokens = min(MEASURED_TOKENS, runtime.model.max_context, runtime.pool.num_blocks * BLOCK_TOKENS)
         self._tokens_per_s = num_tokens / runtime.time_slice(num_tokens, 0)
+        self._busy = BusyShare()
         self._peers = PeerChunks(runtime, worker_id=worker_id, curve=options.get("curve"))
         try:
             super().__init__(runtime, store=store or ChunkStore(512 << 20), worker_id=worker_id, **options)
@@ -61,6 +63,7 @@ class PrefillWorker(KVSource):
                 **self.source_stats("prefill"),
                 "prefill_computed_tokens_total": self._num_computed_tokens,
                 "prefill_tokens_per_s": self._tokens_per_s,
+                "prefill_busy": self._busy.share(time.monotonic()),
                 "waiting_prompt_tokens": self._transfers.num_prefill_tokens,
                 "prefill_fetched_tokens_total": self._num_fetched_tokens,
                 "prefill_waiting": self._transfers.num_prefills,
@@ -170,6 +173,7 @@ class PrefillWorker(KVSource):
                     else:
                         self._num_computed_tokens += transfer.request.chunk_tokens
                         self._chunk_s = time.perf_counter() - begin
+                        self._busy.worked(self._chunk_s - self._runtime.engine.waited_s, time.monotonic())
                     self._add_fresh(key, fresh)
                 else:
                     self._transfers.arrived(key)

@@ -53,6 +53,15 @@ def test_answers_that_do_not_fit_together_are_those_of_each_alone(pair: Pair) ->
         assert sum(receipt["ttft_parts_ms"].values()) == pytest.approx(receipt["ttft_ms"], abs=0.01)
 
 
+def test_a_level_that_was_asked_for_is_of_the_prompt_also_after_a_preemption(pair: Pair) -> None:
+    """The answer has grown past more chunks by then; they are computed, and the source is not asked for them."""
+    prompts = [prompt(190 + 4 * i, seed=30 + i) for i in range(4)]
+    expected = [pair.reference(tokens, 150) for tokens in prompts]
+    answers = pair.ask_all([pair.body(tokens, max_tokens=150, kv_mode="lossless") for tokens in prompts])
+    assert [found for found, _ in answers] == expected, answers
+    assert sum(receipt["preemptions"] for _, receipt in answers) > 0, "they were not to fit"
+
+
 def test_a_preempted_request_that_is_cancelled_leaves_nothing(pair: Pair) -> None:
     askings = [pair.begin(prompt(200, seed=10 + i), max_tokens=400, with_source=False) for i in range(4)]
     until(lambda: any(waiting.sequence for waiting in pair.decode._scheduler.waiting()))

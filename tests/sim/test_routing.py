@@ -20,6 +20,15 @@ def requests_at(load: float, num: int, *, seed: int, workers: int = 4) -> list[A
     return poisson(num, rate=rate, prompt_tokens=PROMPTS, output_tokens=ANSWERS, seed=seed)
 
 
+def busy_for(
+    load: float, num: int, *, prompts: tuple[int, int], answers: tuple[int, int], seed: int, workers: int = 4
+) -> list[Asked]:
+    """So many that `workers` would be busy for `load` of the time with prompts and, eight rows a step, answers."""
+    speeds = Speeds()
+    each_s = sum(prompts) / 2 * speeds.token_s + sum(answers) / 2 * (speeds.row_s + speeds.step_s / 8)
+    return poisson(num, rate=load * workers / each_s, prompt_tokens=prompts, output_tokens=answers, seed=seed)
+
+
 def served(requests: list[Asked], **options: object) -> list[Asked]:
     fresh = again(requests)
     World(**options).run(fresh)  # type: ignore[arg-type]
@@ -72,6 +81,48 @@ def test_two_and_two_against_four_aggregated_on_the_same_cores(load: float, seed
     assert mix.mean(mix.e2e) < 1.12 * aggregated.mean(aggregated.e2e)
     if load > 0.8:
         assert mix.mean(mix.ttft) < 0.95 * aggregated.mean(aggregated.ttft)
+
+
+# -- prefill workers that decode too --------------------------------------------------------------------------------
+
+COMPANIONS = {"num_prefill": 2, "num_decode": 2, "companions": True}
+
+
+@pytest.mark.parametrize("load", [0.2, 0.5, 0.8])
+@pytest.mark.parametrize(
+    ("prompts", "answers"), [((500, 4000), (5, 60)), ((2000, 12000), (20, 60)), ((200, 600), (50, 200))]
+)
+def test_with_companions_no_mix_is_slower_than_aggregated_on_the_same_cores(
+    prompts: tuple[int, int], answers: tuple[int, int], load: float
+) -> None:
+    """Whatever the load is made of; the rows of the table in docs/routing.md, of fewer requests."""
+    requests = busy_for(load, 200, prompts=prompts, answers=answers, seed=11)
+    mix = Figures.of(served(requests, **COMPANIONS))
+    aggregated = Figures.of(served(requests, num_prefill=0, num_decode=4))
+    assert mix.mean(mix.ttft) < 1.06 * aggregated.mean(aggregated.ttft)
+    assert mix.quantile(mix.ttft, 0.95) < 1.12 * aggregated.quantile(aggregated.ttft, 0.95)
+    assert mix.mean(mix.e2e) < 1.06 * aggregated.mean(aggregated.e2e)
+    assert mix.quantile(mix.e2e, 0.95) < 1.12 * aggregated.quantile(aggregated.e2e, 0.95)
+
+
+@pytest.mark.parametrize(("num_prefill", "num_decode"), [(1, 1), (3, 1), (1, 3)])
+def test_whatever_the_mix_answers_use_all_cores(num_prefill: int, num_decode: int) -> None:
+    num = num_prefill + num_decode
+    requests = busy_for(0.6, 120, prompts=(200, 600), answers=(50, 200), seed=12, workers=num)
+    mix = Figures.of(served(requests, num_prefill=num_prefill, num_decode=num_decode, companions=True))
+    aggregated = Figures.of(served(requests, num_prefill=0, num_decode=num))
+    assert mix.mean(mix.e2e) < 1.06 * aggregated.mean(aggregated.e2e)
+    assert mix.mean(mix.ttft) < 1.08 * aggregated.mean(aggregated.ttft)
+
+
+def test_companions_are_used_for_answers_and_left_free_for_prompts() -> None:
+    def share(prompts: tuple[int, int], answers: tuple[int, int], load: float) -> float:
+        asked = served(busy_for(load, 150, prompts=prompts, answers=answers, seed=13), **COMPANIONS)
+        return sum(one.route is not None and one.route.decode.companion_of is not None for one in asked) / len(asked)
+
+    assert share((200, 600), (50, 200), 0.8) > 0.4
+    assert share((500, 4000), (5, 60), 0.8) < 0.2
+    assert share((200, 600), (5, 20), 0.005) < 0.1, "idle"
 
 
 def test_on_a_slow_link_the_cluster_serves_aggregated() -> None:

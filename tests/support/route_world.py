@@ -17,7 +17,20 @@ from typing import Any
 
 from cluster.membership import Role, WorkerInfo
 from cluster.prefix_index import TIERS, PrefixIndex, join_keys
-from cluster.route_costs import LOAD_RAM_S, PULL_S, ROWS, STEP_S, TOKENS_PER_S, WAITING_TOKENS, RouteWeights
+from cluster.route_costs import (
+    ANSWER_TOKENS,
+    BASE_S,
+    BUSY,
+    LOAD_RAM_S,
+    PULL_S,
+    REQUESTS,
+    ROW_S,
+    ROWS,
+    STEP_S,
+    TOKENS_PER_S,
+    WAITING_TOKENS,
+    RouteWeights,
+)
 from cluster.routing import KVWay, Route, choose_route
 from cluster.sent_ledger import SentLedger
 from prefill.chunks import chunk_keys
@@ -68,19 +81,51 @@ class _Job:
     on_pass: Callable[[int], None]
 
 
-class Worker:
-    """held: keys of chunks by tier."""
+class Core:
+    """What one worker, or a prefill worker and its companion, compute on: one pass at a time, by turns."""
 
-    def __init__(self, name: str, role: Role, world: World) -> None:
-        self.name, self.role, self._world = name, role, world
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self.workers: list[Worker] = []
+        self._is_busy = False
+
+    def wake(self) -> None:
+        if not self._is_busy:
+            self._next()
+
+    def _next(self) -> None:
+        begun = next((found for worker in self.workers if (found := worker.begin_pass()) is not None), None)
+        self._is_busy = begun is not None
+        if begun is None:
+            return
+        worker, seconds, done = begun
+        self.workers.remove(worker)  # it is the others' turn
+        self.workers.append(worker)
+
+        def ended() -> None:
+            self._is_busy = True
+            done()
+            self._next()
+
+        self._world.later(seconds, ended)
+
+
+class Worker:
+    """held: keys of chunks by tier. companion_of: the prefill worker with which it shares its core and its store."""
+
+    def __init__(self, name: str, role: Role, world: World, companion_of: Worker | None = None) -> None:
+        self.name, self.role, self._world, self._companion_of = name, role, world, companion_of
+        self._core = Core(world) if companion_of is None else companion_of._core
+        self._core.workers.append(self)
         self.jobs: list[_Job] = []
         self.rows: dict[int, tuple[Asked, int]] = {}  # request, tokens left
         self.held: dict[bytes, set[str]] = {}
         self._epoch = 0
         self._reported: dict[str, float] = {}
         self._reported_at = 0.0
-        self._is_stepping = False
         self.computed_tokens = 0
+        self._answer_tokens = 0.0
+        self._busy = self._busy_s = 0.0
 
     def hold(self, keys: Sequence[bytes], tier: str) -> None:
         for key in keys:
@@ -88,35 +133,33 @@ class Worker:
 
     def add(self, job: _Job) -> None:
         self.jobs.append(job)
-        self._wake()
+        self._core.wake()
 
     def add_row(self, asked: Asked) -> None:
         self.rows[id(asked)] = (asked, asked.output_tokens - 1)
-        self._wake()
-
-    def _wake(self) -> None:
-        if not self._is_stepping:
-            self._is_stepping = True
-            self._step()
+        self._core.wake()
 
     def step_s(self) -> float:
         speeds = self._world.speeds
         return speeds.step_s + len(self.rows) * speeds.row_s if self.rows else 0.0
 
-    def _step(self) -> None:
+    def begin_pass(self) -> tuple[Worker, float, Callable[[], None]] | None:
+        """How long its next pass takes and what follows from it; None: there is nothing to do."""
         job = min(self.jobs, key=lambda job: job.asked.at, default=None)
+        if job is None and not self.rows:
+            return None
         tokens = min(CHUNK, job.left) if job is not None else 0
         seconds = tokens * self._world.speeds.token_s + self.step_s()
-        if job is None and not self.rows:
-            self._is_stepping = False
-            return
         riders = list(self.rows)
+
+        self._busy_s += seconds
 
         def done() -> None:
             for key in riders:
                 asked, left = self.rows[key]
                 if left <= 1:
                     del self.rows[key]
+                    self._answer_tokens += 0.1 * (asked.output_tokens - self._answer_tokens)
                     self._world.end(asked)
                 else:
                     self.rows[key] = (asked, left - 1)
@@ -126,13 +169,15 @@ class Worker:
                 if job.left == 0:
                     self.jobs.remove(job)
                 job.on_pass(job.left)
-            self._step()
 
-        self._world.later(seconds, done)
+        return self, seconds, done
 
     def report(self) -> None:
         speeds = self._world.speeds
-        self._reported_at = self._world.now
+        if self._world.now > self._reported_at:
+            share = self._busy_s / (self._world.now - self._reported_at)
+            self._busy += 0.3 * (min(1.0, share) - self._busy)
+        self._reported_at, self._busy_s = self._world.now, 0.0
         self._reported = {
             TOKENS_PER_S: 1.0 / speeds.token_s,
             WAITING_TOKENS: sum(job.left for job in self.jobs),
@@ -140,6 +185,11 @@ class Worker:
             STEP_S: self.step_s(),
             PULL_S: speeds.pull_s,
             LOAD_RAM_S: speeds.load_s,
+            BASE_S: speeds.step_s,
+            ROW_S: speeds.row_s,
+            REQUESTS: len(self.rows) + len(self.jobs),
+            BUSY: self._busy,
+            ANSWER_TOKENS: self._answer_tokens,
         }
         self._epoch += 1
         packed: dict[str, Any] = {"since": None, "epoch": self._epoch, "removed": b""}
@@ -153,35 +203,43 @@ class Worker:
             role=self.role,
             incarnation=self.name,
             endpoint=f"tcp://{self.name}",
-            kv_endpoint=f"tcp://{self.name}:kv" if self.role == "decode" else None,
+            kv_endpoint=f"tcp://{self.name}:kv" if self.role == "decode" and self._companion_of is None else None,
             stats=self._reported,
             age_s=self._world.now - self._reported_at,
+            companion_of=None if self._companion_of is None else self._companion_of.name,
         )
 
 
 class World:
-    """num_prefill and num_decode workers. report_s: how often they report; 0: whenever somebody asks. way: what each
-    request demands of its KV."""
+    """num_prefill and num_decode workers; companions: prefill workers decode, too. report_s: how often they
+    report; 0: whenever somebody asks. way: what each request demands of its KV. max_tokens: of each, as the router is
+    told."""
 
     def __init__(
         self,
         *,
         num_prefill: int,
         num_decode: int,
+        companions: bool = False,
         speeds: Speeds | None = None,
         report_s: float = 1.0,
         weights: RouteWeights | None = None,
         has_index: bool = True,
         way: Callable[[Asked], KVWay] = lambda asked: "auto",
+        max_tokens: int | None = None,
     ) -> None:
         self.speeds, self.now, self.index = speeds or Speeds(), 0.0, PrefixIndex()
         self._report_s, self._weights, self._has_index, self._way = report_s, weights, has_index, way
+        self._max_tokens = max_tokens
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self.ledger = SentLedger()
         names: list[tuple[str, Role]] = [(f"p{i}", "prefill") for i in range(num_prefill)]
         names += [(f"d{i}", "decode") for i in range(num_decode)]
         self.workers = {name: Worker(name, role, self) for name, role in names}
+        if companions:
+            for i in range(num_prefill):
+                self.workers[f"p{i}/d"] = Worker(f"p{i}/d", "decode", self, self.workers[f"p{i}"])
         self.on_end: Callable[[Asked], None] = lambda asked: None
 
     def later(self, seconds: float, act: Callable[[], None]) -> None:
@@ -221,6 +279,7 @@ class World:
             pending=self.ledger.pending(self.now) if self._report_s else None,
             way=self._way(asked),
             weights=self._weights,
+            max_tokens=self._max_tokens,
         )
         assert route is not None
         asked.route = route
@@ -289,7 +348,7 @@ class World:
     def end(self, asked: Asked) -> None:
         assert asked.ended_at == 0.0
         asked.ended_at = self.now
-        self.ledger.ended(asked.ledger_number)
+        self.ledger.ended(asked.ledger_number, self.now)
         self.on_end(asked)
 
 

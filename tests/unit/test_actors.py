@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 
 import cluster.actors
-from cluster.actors import Controller, WorkerActor, _kv_endpoint, may_aggregate
-from cluster.membership import EXPIRED_S, Role, WorkerInfo
+from cluster.actors import Controller, WorkerActor, _kv_endpoint
+from cluster.hosted_worker import HostedWorker, may_aggregate
+from cluster.membership import EXPIRED_S, Role, WorkerInfo, companion_id, host_id
 from cluster.policy_reload import POLICY_NUMBER
-from cluster.prefix_index import Coverage, IndexFeed, IndexSource
+from cluster.prefix_index import Coverage, IndexFeed
 from cluster.route_costs import MAY_AGGREGATE
 from decode.slo import SLOPolicy
 from decode.worker import DecodeWorker
@@ -41,12 +42,16 @@ class FakeWorker:
         return {"asked": self.asked}
 
 
-def worker_actor(role: Role, worker: Any) -> WorkerActor:
-    """An actor around a worker, without the process."""
+def hosted(role: Role, worker: Any, worker_id: str = "") -> HostedWorker:
+    worker_id = worker_id or role
+    info = WorkerInfo(id=worker_id, role=role, incarnation=f"{worker_id}-1", endpoint="tcp://127.0.0.1:1")
+    return HostedWorker(worker, info, policy=None)
+
+
+def worker_actor(role: Role, worker: Any, *others: HostedWorker) -> WorkerActor:
+    """An actor around a worker, and others, without the process."""
     actor = object.__new__(WorkerActor)
-    actor._worker, actor._policy_number, actor._may_aggregate, actor._is_cut = worker, 0, True, False
-    actor._feed = IndexFeed(worker) if isinstance(worker, IndexSource) else None
-    actor._info = WorkerInfo(id=role, role=role, incarnation=f"{role}-1", endpoint="tcp://127.0.0.1:1")
+    actor._hosted = [hosted(role, worker), *others]
     return actor
 
 
@@ -85,7 +90,7 @@ class Taker(DecodeWorker):
 def test_a_policy_reaches_the_worker_and_then_its_reports() -> None:
     actor, policy = worker_actor("decode", Taker()), SLOPolicy(ttft_s=1.0)
     actor.set_policy(3, policy)
-    assert actor._worker.taken == [policy]  # type: ignore[union-attr]
+    assert actor._hosted[0].worker.taken == [policy]  # type: ignore[union-attr]
     assert actor.stats() == {"decode_sequences": 0, POLICY_NUMBER: 3, MAY_AGGREGATE: 1.0}
     with pytest.raises(ValueError):
         actor.set_policy(4, SLOPolicy(ttft_s=-1.0))
@@ -94,6 +99,28 @@ def test_a_policy_reaches_the_worker_and_then_its_reports() -> None:
 
 def test_prefill_workers_have_no_policy() -> None:
     assert worker_actor("prefill", FakeWorker(looks=1, asked=1)).stats() == {"asked": 2}
+
+
+def test_a_companion_reports_beside_its_prefill_worker_and_takes_the_policies(monkeypatch: pytest.MonkeyPatch) -> None:
+    reports: list[dict[str, Any]] = []
+
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    controller = SimpleNamespace(report=SimpleNamespace(remote=reports.append))
+    monkeypatch.setattr(cluster.actors.ray, "get_actor", lambda name: controller)
+    monkeypatch.setattr(cluster.actors.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(cluster.actors.os, "_exit", end)
+    companion = hosted("decode", FakeWorker(looks=2, asked=1), companion_id("prefill"))
+    actor = worker_actor("prefill", FakeWorker(looks=9, asked=1), companion)
+    with pytest.raises(Ended):
+        actor._report()
+    assert [report["id"] for report in reports] == ["prefill", "prefill/decode"] * 2, "until either has lost a thread"
+    assert host_id("prefill/decode") == host_id("prefill") == "prefill"
+    companion.worker = Taker()
+    actor.set_policy(3, SLOPolicy(ttft_s=1.0))
+    assert actor.stats("prefill/decode") == {"decode_sequences": 0, POLICY_NUMBER: 3, MAY_AGGREGATE: 1.0}
+    assert POLICY_NUMBER not in actor.stats()
 
 
 # -- what a worker holds --------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -105,6 +106,29 @@ def test_who_is_lost_before_a_token_is_replaced() -> None:
 def test_who_is_lost_after_a_token_is_told() -> None:
     found = run(events, "d0", "d1", d0=[[{"tokens": [5]}, *LOST]], d1=[OK])
     assert isinstance(found[-1], FailedEvent) and found[-1].status == 502
+
+
+REFUSED = [{"refused": {"message": "too long for these pages", "status": 400, "code": "kv_pool_too_small"}}]
+
+
+@pytest.mark.parametrize("has_another", [True, False])
+def test_what_a_companion_refuses_goes_to_a_decode_worker_if_there_is_one(has_another: bool) -> None:
+    async def scene(backend: ClusterBackend) -> list[Any]:
+        companion = replace(worker("p0"), companion_of="host")
+        busy = replace(worker("d0"), stats={"waiting_prompt_tokens": 9000.0})
+        backend.table = [companion, busy] if has_another else [companion]
+        try:
+            return await events(backend)
+        finally:
+            assert not backend._sent.in_flight() and FakeClient.made[0].endpoint == companion.endpoint
+
+    if has_another:
+        assert run(scene, p0=[REFUSED], d0=[OK]) == GOOD
+        with pytest.raises(RequestRefused, match="too long"):
+            run(scene, p0=[REFUSED], d0=[REFUSED])
+    else:
+        with pytest.raises(RequestRefused, match="too long"):
+            run(scene, p0=[REFUSED])
 
 
 def test_nobody_left_is_a_503_that_names_the_last_error() -> None:

@@ -14,6 +14,7 @@ from decode.blob_decoder import NewPages
 from decode.engine_loop import MAX_COPY_BYTES, EngineLoop
 from decode.requests import GenerationRequest
 from decode.scheduler import Phase, Scheduler, Sequence
+from decode.step_times import StepTimes
 
 TOKENS = 64
 CHUNK_BYTES = MAX_COPY_BYTES // 4
@@ -35,6 +36,7 @@ class World:
             requests=self.requests,
             pages=SimpleNamespace(refine=lambda *_: None),
             compute=None,
+            steps=StepTimes(0.0, 0.0),
             chunk_tokens=TOKENS,
             name="test",
         )

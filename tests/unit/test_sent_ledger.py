@@ -34,8 +34,19 @@ def test_a_first_token_ends_the_prompt_and_not_the_row() -> None:
     ledger.first_token(number)
     pending = ledger.pending(11.0)
     assert pending["p0"] == Pending(age_s=1.0) and pending["d0"] == Pending(age_s=1.0, requests=1)
-    ledger.ended(number)
+    ledger.ended(number, 11.0)
     assert ledger.pending(11.0)["d0"] == Pending(age_s=1.0) and not ledger.in_flight()
+
+
+def test_what_has_ended_since_a_report_is_told_until_the_next() -> None:
+    ledger = SentLedger()
+    ledger.follow([info("d0", 0.0)], 10.0)
+    old, both = ledger.send("d0", {}, 8.0), ledger.send("d0", {}, 10.4)
+    ledger.ended(old, 10.5)
+    ledger.ended(both, 10.6)
+    assert ledger.pending(11.0)["d0"] == Pending(age_s=1.0, ended=1), "the report has not heard of the other one"
+    ledger.follow([info("d0", 0.0)], 11.0)
+    assert ledger.pending(11.0)["d0"] == Pending()
 
 
 def test_workers_that_left_are_forgotten() -> None:
@@ -44,7 +55,7 @@ def test_workers_that_left_are_forgotten() -> None:
     number = ledger.send("d0", {"d0": 10}, 10.5)
     ledger.follow([info("d1", 0.0)], 11.0)
     assert set(ledger.pending(11.0)) == {"d1"}
-    ledger.ended(number)
+    ledger.ended(number, 11.0)
 
 
 @pytest.mark.parametrize(
