@@ -157,6 +157,24 @@ def test_worse_kv_than_the_floor_is_not_taken_and_better_takes_its_place() -> No
     assert begin(pages, PROMPT, KL["q3"]).cached_tokens == 64, "what continued the worse one is not found again"
 
 
+def test_who_lost_its_place_to_something_better_does_not_continue_that() -> None:
+    """Else a known block would be held by somebody who does not hold what it continues."""
+    pages = tagged_pages(num_blocks=16)
+    lossy = begin(pages, PROMPT[:65], KL["q3"])
+    pages.loaded(lossy.blocks, 0, 64, "q3")
+    pages.share(lossy, 64)
+    strict = begin(pages, PROMPT[:65])
+    compute(pages, strict, 65)  # takes the same 64 tokens' place
+    lossy.chain.extend(range(31))
+    pages.grow(lossy, 96)
+    pages.computed(lossy.blocks, 64, 96)
+    pages.share(lossy, 96)
+    pages.release(strict)
+    pages.check_integrity([lossy.blocks])
+    private(pages, 16 * (16 - len(lossy.blocks)))  # all that is only cached can be had
+    pages.release(lossy)
+
+
 def test_a_refined_prefix_is_good_for_stricter_requests() -> None:
     pages = tagged_pages()
     table = begin(pages, PROMPT, KL["q3"])
