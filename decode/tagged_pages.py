@@ -159,9 +159,13 @@ class TaggedPages:
     def refine(
         self, table: Sequence[int], start: int, k: Tensor, v: Tensor, level: str, base_kl: float = EXACT
     ) -> None:
-        """Copy k, v [L, T, H, D] of a better level over those of a loaded chunk."""
-        self._pool.write(table, start, k, v)
-        self._quality.refined(_blocks(table, start, start + k.shape[1]), max(self._kl[level], base_kl))
+        """Copy k, v [L, T, H, D] of a better level over those of a loaded chunk, but for the blocks in whose place the
+        table took better ones of others meanwhile (see `share`)."""
+        kl = max(self._kl[level], base_kl)
+        for first, stop in self._quality.worse_runs(_blocks(table, start, start + k.shape[1]), kl):
+            at, span = start + first * BLOCK_TOKENS, slice(first * BLOCK_TOKENS, stop * BLOCK_TOKENS)
+            self._pool.write(table, at, k[:, span], v[:, span])
+            self._quality.refined(_blocks(table, at, start + stop * BLOCK_TOKENS), kl)
 
     def computed(self, table: Sequence[int], start: int, stop: int) -> None:
         """They were computed on all that lies before them."""

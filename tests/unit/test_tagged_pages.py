@@ -184,6 +184,23 @@ def test_a_refined_prefix_is_good_for_stricter_requests() -> None:
     assert begin(pages, PROMPT, KL["q1"]).cached_tokens == CHUNK
 
 
+def test_a_refinement_does_not_touch_better_pages_of_others() -> None:
+    """Who loaded a coarse level goes on with the exact pages of another, and what it had asked for still comes."""
+    pages = tagged_pages()
+    written: list[tuple[int, int]] = []
+    pages._pool.write = lambda table, start, k, v: written.append((start, k.shape[1]))  # type: ignore[method-assign]
+    coarse, strict = begin(pages, PROMPT, KL["q3"]), begin(pages, PROMPT[:50])
+    compute(pages, strict, 50)
+    pages.loaded(coarse.blocks, 0, 3 * CHUNK, "q3")
+    pages.share(coarse, 3 * CHUNK)
+    assert coarse.blocks[:3] == strict.blocks[:3]
+    pages.refine(coarse.blocks, 0, new_kv(), new_kv(), "q1")
+    pages.refine(coarse.blocks, CHUNK, new_kv(), new_kv(), "q1")
+    assert pages.worst_kl(strict.blocks, 0, 50) == 0.0
+    assert written == [(48, 16)], "its own blocks alone"
+    assert pages.worst_kl(coarse.blocks, 0, 2 * CHUNK) == KL["q1"]
+
+
 def test_a_level_that_promises_nothing_is_no_measure() -> None:
     pages = tagged_pages()
     assert pages.max_kl("q9") == 0.0 and pages.max_kl("q2") == KL["q2"]
