@@ -326,13 +326,13 @@ class DecodeWorker:
 
     def gives_up(self, sequence: Sequence) -> None:
         """Its pages go to somebody else. What was loaded is offered to the store too; what was computed is there."""
-        state, size = self._requests[sequence.key], self._limits.chunk_tokens
+        state = self._requests[sequence.key]
         self._puller.stop(sequence.key, "preempted")
         state.new_pages.clear()
         state.num_preempted += 1
-        if state.pages is not None and sequence.output:
-            num_written = state.fill_tokens if sequence.work is not None else sequence.num_tokens - 1
-            self._kept.written(state, 0, min(num_written, state.loaded_tokens) // size * size)
+        # While it still fills, some of that is not there yet.
+        if sequence.output and state.fill is not None and state.fill.machine.ready:
+            self._kept.written(state, 0, state.loaded_tokens)
 
     # -- the puller's owner; the lock is held ---------------------------------------------------------------------
 

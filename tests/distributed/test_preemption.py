@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -59,6 +60,25 @@ def test_a_preempted_request_that_is_cancelled_leaves_nothing(pair: Pair) -> Non
     for asking in askings:
         asking.leave()
     until(lambda: not pair.decode._requests)
+
+
+def test_a_request_that_is_preempted_while_it_fills_again_keeps_only_what_is_there(pair: Pair) -> None:
+    tokens = prompt(200, seed=15)
+    asking, worker = pair.begin(tokens, max_tokens=500, with_source=False), pair.decode
+    until(lambda: len(asking.tokens) > 20)
+    for _ in range(2):  # the second time nothing has come yet
+        with worker._lock:
+            (key,) = worker._requests
+            sequence = worker._scheduler.get(key)
+            assert sequence is not None
+            while sequence.pins:
+                worker._lock.wait(0.001)
+            for _ in range(2):
+                now = time.monotonic()
+                worker._holders.spill(worker._scheduler.preempt(key, now), now)
+                worker._holders.admit(now)
+    assert asking.receipt()["preemptions"] == 4
+    assert asking.tokens == pair.reference(tokens, 500)
 
 
 def test_the_more_urgent_is_not_preempted(pair: Pair) -> None:
