@@ -277,6 +277,7 @@ class DecodeWorker:
             num_chunks=state.loaded_tokens // size,
             source_computes=any(not source.stored_only for source in state.given_sources),
             cached_tokens=0 if state.pages is None else state.pages.cached_tokens,
+            is_accepted=state.pages is not None,
         )
 
     def _shared_quality(self, state: ActiveRequest) -> float | None:
