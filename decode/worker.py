@@ -22,6 +22,7 @@ from decode.estimator import CodecEstimator
 from decode.fill_events import Fail
 from decode.fill_loading import EngineLoad, FillSpec
 from decode.kept_chunks import KeptChunks
+from decode.logprobs import NoTokenAllowed
 from decode.page_holders import PageHolders
 from decode.puller import Fill, KVPuller, Source
 from decode.receipt import Timeline
@@ -472,9 +473,17 @@ class DecodeWorker:
         )
         self.server.send(sequence.key, finished, last=True)
 
-    def step_failed(self, key: str) -> None:
-        message = "The decode worker failed while computing this request; see its log."
-        self.server.send(key, failed_event(status=500, code="internal_error", message=message), last=True)
+    def step_failed(self, key: str, error: Exception) -> None:
+        if isinstance(error, NoTokenAllowed):
+            status, code = 400, "no_token_allowed"
+            message = (
+                "No token may come next: allowed_token_ids, bad_words and min_tokens together forbid all of them. "
+                "Leave out one of these, or allow more tokens."
+            )
+        else:
+            status, code = 500, "internal_error"
+            message = "The decode worker failed while computing this request; see its log."
+        self.server.send(key, failed_event(status=status, code=code, message=message), last=True)
         if key in self._requests:
             self._end(key, message)
 
