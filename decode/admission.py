@@ -85,8 +85,8 @@ def fill_orders(
     is_accepted: bool = False,
 ) -> FillSpec:
     """How the prompt of a checked request is to be had. `policy`: the tenant's. num_chunks: if they are not those of
-    the prompt. source_computes: whether one computes what is stored nowhere. cached_tokens: whose KV is there. is_accepted: the request was taken
-    when there was no source; one that has come since does not turn it away.
+    the prompt. source_computes: whether one computes what is stored nowhere. cached_tokens: whose KV is there.
+    is_accepted: the request was taken when there was no source; one that has come since does not turn it away.
 
     Raises RequestRefused: 503 if a level or a plan was asked for and there is no source, 400 if the plan does not fit,
     or if the policy forbids both every level that the request's floor allows and computing from text.
