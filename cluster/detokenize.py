@@ -9,6 +9,7 @@ from decode.requests import TokenLogprobs
 
 REPLACEMENT = "\ufffd"  # what decoders put where bytes are no (or not yet) valid UTF-8
 _WINDOW_TOKENS = 16
+_MAX_WINDOW_TOKENS = 64  # of a text that is never complete, as broken characters one after the other are
 
 
 class IncrementalDetokenizer:
@@ -38,6 +39,11 @@ class IncrementalDetokenizer:
                 del self._window[: self._complete_at]
                 self._emitted_chars = len(self._decode(self._window))
             self._complete_at = len(self._window)
+        elif len(self._window) > _MAX_WINDOW_TOKENS:
+            num_held = len(text) - self._emitted_chars
+            del self._window[:-_WINDOW_TOKENS]
+            self._emitted_chars = len(self._decode(self._window)) - num_held
+            self._complete_at = 0
         return new
 
     def flush(self) -> str:

@@ -82,9 +82,11 @@ def fill_orders(
     num_chunks: int | None = None,
     source_computes: bool = True,
     cached_tokens: int = 0,
+    is_accepted: bool = False,
 ) -> FillSpec:
     """How the prompt of a checked request is to be had. `policy`: the tenant's. num_chunks: if they are not those of
     the prompt. source_computes: whether one computes what is stored nowhere. cached_tokens: whose KV is there.
+    is_accepted: the request was taken when there was no source; one that has come since does not turn it away.
 
     Raises RequestRefused: 503 if a level or a plan was asked for and there is no source, 400 if the plan does not fit,
     or if the policy forbids both every level that the request's floor allows and computing from text.
@@ -118,7 +120,7 @@ def fill_orders(
     good_enough = _at_least(request.floor, known)  # the floor need not be one of the policy's levels
     levels = tuple(level for level in policy.allowed_levels() if level in good_enough)
     if not levels:
-        if not policy.allow_recompute:
+        if not policy.allow_recompute and not is_accepted:
             raise RequestRefused(
                 f"The policy allows {', '.join(policy.allowed_levels())} and no computing from text; none of these is "
                 f"as good as the floor {request.floor!r}.",

@@ -16,6 +16,7 @@ from decode.active_request import ActiveRequest
 from decode.blob_decoder import NewPages
 from decode.estimator import ComputeEstimator
 from decode.fill_loading import IDLE_ENGINE, EngineLoad
+from decode.logprobs import NoTokenAllowed
 from decode.requests import TokenLogprobs
 from decode.sampling import Drawn
 from decode.scheduler import Phase, Row, Scheduler, Sequence
@@ -43,7 +44,7 @@ class StepOwner(Protocol):
     def pages_refined(self, key: str, pages: NewPages, num_output: int, now: float) -> None: ...
     def prompt_scored(self, sequence: Sequence, start: int, logprobs: Iterable[TokenLogprobs]) -> None: ...
     def token_drawn(self, sequence: Sequence, drawn: Drawn, now: float) -> None: ...
-    def step_failed(self, key: str) -> None: ...
+    def step_failed(self, key: str, error: Exception) -> None: ...
     def unpinned(self, sequence: Sequence) -> None: ...
 
 
@@ -197,7 +198,7 @@ class EngineLoop:
             waited_s = self._engine.waited_s
             found = outcomes(rows, states, is_scored, logits)
             for item in found:
-                if isinstance(item, Exception):
+                if isinstance(item, Exception) and not isinstance(item, NoTokenAllowed):
                     log.error("%s: no token could be drawn", self._name, exc_info=item)
         except Exception as error:
             log.exception("%s: a step failed", self._name)
@@ -218,13 +219,13 @@ class EngineLoop:
                 if sequence.phase is Phase.ENDED:
                     pass
                 elif isinstance(outcome, Exception):
-                    self._owner.step_failed(sequence.key)
+                    self._owner.step_failed(sequence.key, outcome)
                 else:
                     self._advance(row, outcome, now)
-            except Exception:
+            except Exception as error:
                 # A bug of ours: this request ends with an error, the worker goes on with the others.
                 log.exception("%s: a row could not be advanced", self._name)
-                self._owner.step_failed(sequence.key)
+                self._owner.step_failed(sequence.key, error)
             sequence.pins -= 1
             self._owner.unpinned(sequence)
 

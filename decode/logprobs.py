@@ -18,6 +18,10 @@ class LogitsInvalid(ArithmeticError):
     """A row of logits that no token can be drawn from; the text says why."""
 
 
+class NoTokenAllowed(LogitsInvalid):
+    """What the request forbids leaves no token."""
+
+
 def ranked(values: Tensor, num: int) -> Tensor:
     """The ids of the `num` largest of each row, largest first, of equals the least id first: [R, V] -> int64 [R, num].
     Of -inf, which stand for tokens that cannot come, any may follow in any order."""

@@ -114,20 +114,16 @@ class PageHolders:
         sequence = self._owner.admitted(key, waiting.sequence, waiting.arrival, now)
         sequence.block_table = state.pages.blocks
         self._scheduler.add(sequence, waiting)
-        for block in self._waited_for(state):
-            self._being_filled.setdefault(block, key)
+        if state.pages.max_kl is not None:
+            for block in self._pages.to_fill(state.pages, state.fill_tokens):
+                self._being_filled.setdefault(block, key)
         self._owner.begin_fill(sequence, now)
-
-    def _waited_for(self, state: ActiveRequest) -> list[bytes]:
-        if state.pages is None or state.pages.max_kl is None:
-            return []
-        return self._pages.to_fill(state.pages, state.fill_tokens)
 
     def filled(self, key: str) -> None:
         """Nobody needs to wait for this request's pages any more: they are there, or will not come."""
-        for block in self._waited_for(self._requests[key]):
-            if self._being_filled.get(block) == key:
-                del self._being_filled[block]
+        # Not by its table, which shares nothing any more if something better took its place.
+        for block in [block for block, filling in self._being_filled.items() if filling == key]:
+            del self._being_filled[block]
 
     def grow(self, sequence: Sequence, num_blocks: int) -> bool:
         """So many pages more, if there are any."""

@@ -202,7 +202,9 @@ class KVPuller:
         """Why it could not be done, if so."""
         source = fill.sources[index]
         try:
-            body = {**fill.body, "stored_only": source.stored_only}
+            # A source looks at the first of the others: not at itself.
+            holders = [holder for holder in fill.body["holders"] if holder["endpoint"] != source.endpoint]
+            body = {**fill.body, "holders": holders, "stored_only": source.stored_only}
             transfer_id = self._client.open(source.endpoint, body, server_public_key=source.public_key)
         except TransportError as error:
             return str(error)

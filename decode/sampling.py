@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from decode.logprobs import LogitsInvalid, score_tokens
+from decode.logprobs import LogitsInvalid, NoTokenAllowed, score_tokens
 from decode.requests import TokenLogprobs
 from decode.sampling_state import SamplingState
 
@@ -83,8 +83,10 @@ def _best(logits: Tensor) -> tuple[list[int], list[float]]:
 def _checked(token: int, value: float) -> int | LogitsInvalid:
     if value != value:
         return LogitsInvalid("the logits have a NaN")
-    if value in (float("inf"), float("-inf")):
-        return LogitsInvalid("no token is allowed here" if value < 0 else "a logit is infinite")
+    if value == float("-inf"):
+        return NoTokenAllowed("no token is allowed here")
+    if value == float("inf"):
+        return LogitsInvalid("a logit is infinite")
     return token
 
 

@@ -122,15 +122,17 @@ class TaggedPages:
             return
         keys = table.chain.blocks(BLOCK_TOKENS, first=max(table.num_known - 1, 0))
         parent = keys.pop(0) if table.num_known else None
+        if parent is not None and self._blocks.block_of(parent) != table.blocks[table.num_known - 1]:
+            # What it continues was replaced by something better, which it does not hold: this sequence is of no use to
+            # others any more.
+            table.max_kl = None
+            return
         for index in range(table.num_known, num_tokens // BLOCK_TOKENS):
             key, block = keys[index - table.num_known], table.blocks[index]
             known = self._blocks.block_of(key)
             is_better = known is not None and self._quality.worst([block]) < self._quality.worst([known])
             found = self._register(block, key, parent, replace=is_better)
-            if found is None:
-                # What it continues was replaced by something better: this sequence is of no use to others any more.
-                table.max_kl = None
-                return
+            assert found is not None, "what it continues is known"
             if found != block:
                 self._blocks.share([found])
                 self._release([block])
@@ -157,9 +159,13 @@ class TaggedPages:
     def refine(
         self, table: Sequence[int], start: int, k: Tensor, v: Tensor, level: str, base_kl: float = EXACT
     ) -> None:
-        """Copy k, v [L, T, H, D] of a better level over those of a loaded chunk."""
-        self._pool.write(table, start, k, v)
-        self._quality.refined(_blocks(table, start, start + k.shape[1]), max(self._kl[level], base_kl))
+        """Copy k, v [L, T, H, D] of a better level over those of a loaded chunk, but for the blocks in whose place the
+        table took better ones of others meanwhile (see `share`)."""
+        kl = max(self._kl[level], base_kl)
+        for first, stop in self._quality.worse_runs(_blocks(table, start, start + k.shape[1]), kl):
+            at, span = start + first * BLOCK_TOKENS, slice(first * BLOCK_TOKENS, stop * BLOCK_TOKENS)
+            self._pool.write(table, at, k[:, span], v[:, span])
+            self._quality.refined(_blocks(table, at, start + stop * BLOCK_TOKENS), kl)
 
     def computed(self, table: Sequence[int], start: int, stop: int) -> None:
         """They were computed on all that lies before them."""

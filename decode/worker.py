@@ -22,6 +22,7 @@ from decode.estimator import CodecEstimator
 from decode.fill_events import Fail
 from decode.fill_loading import EngineLoad, FillSpec
 from decode.kept_chunks import KeptChunks
+from decode.logprobs import NoTokenAllowed
 from decode.page_holders import PageHolders
 from decode.puller import Fill, KVPuller, Source
 from decode.receipt import Timeline
@@ -292,6 +293,7 @@ class DecodeWorker:
             num_chunks=state.loaded_tokens // size,
             source_computes=any(not source.stored_only for source in state.given_sources),
             cached_tokens=0 if state.pages is None else state.pages.cached_tokens,
+            is_accepted=state.pages is not None,
         )
 
     def _shared_quality(self, state: ActiveRequest) -> float | None:
@@ -342,13 +344,13 @@ class DecodeWorker:
 
     def gives_up(self, sequence: Sequence) -> None:
         """Its pages go to somebody else. What was loaded is offered to the store too; what was computed is there."""
-        state, size = self._requests[sequence.key], self._limits.chunk_tokens
+        state = self._requests[sequence.key]
         self._puller.stop(sequence.key, "preempted")
         state.new_pages.clear()
         state.num_preempted += 1
-        if state.pages is not None and sequence.output:
-            num_written = state.fill_tokens if sequence.work is not None else sequence.num_tokens - 1
-            self._kept.written(state, 0, min(num_written, state.loaded_tokens) // size * size)
+        # While it still fills, some of that is not there yet.
+        if sequence.output and state.fill is not None and state.fill.machine.ready:
+            self._kept.written(state, 0, state.loaded_tokens)
 
     # -- the puller's owner; the lock is held ---------------------------------------------------------------------
 
@@ -490,9 +492,17 @@ class DecodeWorker:
         )
         self.server.send(sequence.key, finished, last=True)
 
-    def step_failed(self, key: str) -> None:
-        message = "The decode worker failed while computing this request; see its log."
-        self.server.send(key, failed_event(status=500, code="internal_error", message=message), last=True)
+    def step_failed(self, key: str, error: Exception) -> None:
+        if isinstance(error, NoTokenAllowed):
+            status, code = 400, "no_token_allowed"
+            message = (
+                "No token may come next: allowed_token_ids, bad_words and min_tokens together forbid all of them. "
+                "Leave out one of these, or allow more tokens."
+            )
+        else:
+            status, code = 500, "internal_error"
+            message = "The decode worker failed while computing this request; see its log."
+        self.server.send(key, failed_event(status=status, code=code, message=message), last=True)
         if key in self._requests:
             self._end(key, message)
 

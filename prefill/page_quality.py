@@ -11,7 +11,7 @@ The block's tag is the worse of the two. Blocks that hold nothing have none: to 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from prefill.block_pool import BlockPool
 
@@ -48,6 +48,18 @@ class PageQuality:
         for block in blocks:
             assert block in self._own, f"block {block} was refined and holds nothing"
             self._own[block] = kl
+
+    def worse_runs(self, blocks: Sequence[int], kl: float) -> list[tuple[int, int]]:
+        """[start, stop) of these blocks, in runs, whose own quality is not better than `kl`."""
+        runs: list[tuple[int, int]] = []
+        for index, block in enumerate(blocks):
+            if self._own[block] < kl:
+                continue
+            if runs and runs[-1][1] == index:
+                runs[-1] = runs[-1][0], index + 1
+            else:
+                runs.append((index, index + 1))
+        return runs
 
     def released(self, blocks: Iterable[int]) -> None:
         """The blocks hold nothing any more. Those that never did may be among them."""

@@ -61,8 +61,13 @@ class Fetch:
             return
         for chunk in [chunk for chunk in self._wanted if chunk not in self.failed][:ASKED_AHEAD]:
             if chunk not in self.blobs:
-                # Asking again for what is on its way changes nothing.
-                self._client.request(self.transfer_id, chunk, MASTER_LEVEL, priority=chunk)
+                try:
+                    # Asking again for what is on its way changes nothing.
+                    self._client.request(self.transfer_id, chunk, MASTER_LEVEL, priority=chunk)
+                except TransportError as error:
+                    log.debug("%s; TransferLost is on its way", error)
+                    self.is_over = True
+                    return
 
 
 class PeerChunks:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from pair import Pair, running_pair
 
 from decode.requests import SamplingParams
 from decode.slo import SLOPolicy
+from transport.kv_client import KVClient
 
 
 def prompt(length: int, seed: int) -> list[int]:
@@ -111,3 +113,22 @@ def test_float32_over_raw_equals_the_engine_alone() -> None:
         answer, _ = running.ask(tokens, kv_mode="raw")
         assert answer == running.reference(tokens, 8)
         running.check()
+
+
+def test_a_source_is_told_of_the_other_holders_and_not_of_itself(pair: Pair, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It looks at the first of them for what it has not."""
+    told: dict[str, list[str]] = {}
+    opened = KVClient.open
+
+    def open_and_note(self: KVClient, endpoint: str, body: dict[str, Any], **options: Any) -> str:
+        if "holders" in body:  # and not the prefill worker's own question to another
+            told[endpoint] = [holder["endpoint"] for holder in body["holders"]]
+        return opened(self, endpoint, body, **options)
+
+    monkeypatch.setattr(KVClient, "open", open_and_note)
+    other = "tcp://127.0.0.1:1"
+    body = pair.body(prompt(600, seed=77), endpoints=[pair.prefill.endpoint, other])
+    for source in body["sources"]:
+        source["is_holder"] = True
+    pair.ask_all([body])
+    assert told == {pair.prefill.endpoint: [other], other: [pair.prefill.endpoint]}

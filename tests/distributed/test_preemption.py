@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 
 import pytest
-from pair import Pair, running_pair, until
+from pair import LATEST_S, Pair, running_pair, until
 
 from decode.slo import SLOPolicy
 from prefill.store import ChunkStore
@@ -70,6 +71,25 @@ def test_a_preempted_request_that_is_cancelled_leaves_nothing(pair: Pair) -> Non
     until(lambda: not pair.decode._requests)
 
 
+def test_a_request_that_is_preempted_while_it_fills_again_keeps_only_what_is_there(pair: Pair) -> None:
+    tokens = prompt(200, seed=15)
+    asking, worker = pair.begin(tokens, max_tokens=500, with_source=False), pair.decode
+    until(lambda: len(asking.tokens) > 20)
+    for _ in range(2):  # the second time nothing has come yet
+        with worker._lock:
+            (key,) = worker._requests
+            sequence = worker._scheduler.get(key)
+            assert sequence is not None
+            while sequence.pins:
+                worker._lock.wait(0.001)
+            for _ in range(2):
+                now = time.monotonic()
+                worker._holders.spill(worker._scheduler.preempt(key, now), now)
+                worker._holders.admit(now)
+    assert asking.receipt()["preemptions"] == 4
+    assert asking.tokens == pair.reference(tokens, 500)
+
+
 def test_the_more_urgent_is_not_preempted(pair: Pair) -> None:
     bodies = [
         pair.body(prompt(150, seed=20 + i), request_id=f"p{i}", max_tokens=150, with_source=False, priority=i)
@@ -78,3 +98,25 @@ def test_the_more_urgent_is_not_preempted(pair: Pair) -> None:
     answers = pair.ask_all(bodies)
     assert [len(found) for found, _ in answers] == [150] * 4
     assert answers[0][1]["preemptions"] == 0
+
+
+def test_a_floor_above_the_policys_levels_does_not_turn_away_who_was_accepted() -> None:
+    """Its prompt has no chunk, so nothing was to be loaded; the answer that it gives up has some, in the store."""
+    policy = SLOPolicy(ttft_s=30.0, levels=("q1",), floor="q1", allow_recompute=False)
+    with running_pair(policy=policy, chunk_tokens=CHUNK, num_blocks=NUM_BLOCKS, store=ChunkStore(64 << 20)) as pair:
+        tokens, worker = prompt(20, seed=16), pair.decode
+        asking = pair.begin(tokens, max_tokens=200, with_source=False, floor="lossless")
+        until(lambda: len(asking.tokens) > 2 * CHUNK)
+        assert worker.source is not None and worker.source.wait_until_idle(LATEST_S)
+        with worker._lock:
+            (key,) = worker._requests
+            sequence = worker._scheduler.get(key)
+            assert sequence is not None
+            while sequence.pins:
+                worker._lock.wait(0.001)
+            now = time.monotonic()
+            worker._holders.spill(worker._scheduler.preempt(key, now), now)
+            worker._holders.admit(now)
+        assert asking.receipt()["preemptions"] == 1
+        assert asking.tokens == pair.reference(tokens, 200)
+        pair.check()

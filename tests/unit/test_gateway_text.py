@@ -66,6 +66,22 @@ def test_only_a_window_is_decoded() -> None:
     assert longest <= 40
 
 
+def test_only_a_window_is_decoded_of_broken_characters_too() -> None:
+    """Whoever allows only such a token would keep the gateway busy otherwise."""
+    longest = 0
+
+    def decode(token_ids: Sequence[int]) -> str:
+        nonlocal longest
+        longest = max(longest, len(token_ids))
+        return bytes(token_ids).decode(errors="replace")
+
+    detokenizer = IncrementalDetokenizer(decode)
+    data = [0xFF] * 1000 + list("😀".encode() * 5) + [0xF0, 0x9F] * 200 + list(b"end")
+    found = "".join(map(detokenizer.push, data)) + detokenizer.flush()
+    assert found == bytes(data).decode(errors="replace")
+    assert longest < 100
+
+
 def test_sentencepiece_style_leading_spaces_stay() -> None:
     words = ["▁one", "▁two", "▁three"] * 20
 

@@ -157,6 +157,24 @@ def test_worse_kv_than_the_floor_is_not_taken_and_better_takes_its_place() -> No
     assert begin(pages, PROMPT, KL["q3"]).cached_tokens == 64, "what continued the worse one is not found again"
 
 
+def test_who_lost_its_place_to_something_better_does_not_continue_that() -> None:
+    """Else a known block would be held by somebody who does not hold what it continues."""
+    pages = tagged_pages(num_blocks=16)
+    lossy = begin(pages, PROMPT[:65], KL["q3"])
+    pages.loaded(lossy.blocks, 0, 64, "q3")
+    pages.share(lossy, 64)
+    strict = begin(pages, PROMPT[:65])
+    compute(pages, strict, 65)  # takes the same 64 tokens' place
+    lossy.chain.extend(range(31))
+    pages.grow(lossy, 96)
+    pages.computed(lossy.blocks, 64, 96)
+    pages.share(lossy, 96)
+    pages.release(strict)
+    pages.check_integrity([lossy.blocks])
+    private(pages, 16 * (16 - len(lossy.blocks)))  # all that is only cached can be had
+    pages.release(lossy)
+
+
 def test_a_refined_prefix_is_good_for_stricter_requests() -> None:
     pages = tagged_pages()
     table = begin(pages, PROMPT, KL["q3"])
@@ -164,6 +182,23 @@ def test_a_refined_prefix_is_good_for_stricter_requests() -> None:
     pages.share(table, 96)
     pages.refine(table.blocks, 0, new_kv(), new_kv(), "q1")
     assert begin(pages, PROMPT, KL["q1"]).cached_tokens == CHUNK
+
+
+def test_a_refinement_does_not_touch_better_pages_of_others() -> None:
+    """Who loaded a coarse level goes on with the exact pages of another, and what it had asked for still comes."""
+    pages = tagged_pages()
+    written: list[tuple[int, int]] = []
+    pages._pool.write = lambda table, start, k, v: written.append((start, k.shape[1]))  # type: ignore[method-assign]
+    coarse, strict = begin(pages, PROMPT, KL["q3"]), begin(pages, PROMPT[:50])
+    compute(pages, strict, 50)
+    pages.loaded(coarse.blocks, 0, 3 * CHUNK, "q3")
+    pages.share(coarse, 3 * CHUNK)
+    assert coarse.blocks[:3] == strict.blocks[:3]
+    pages.refine(coarse.blocks, 0, new_kv(), new_kv(), "q1")
+    pages.refine(coarse.blocks, CHUNK, new_kv(), new_kv(), "q1")
+    assert pages.worst_kl(strict.blocks, 0, 50) == 0.0
+    assert written == [(48, 16)], "its own blocks alone"
+    assert pages.worst_kl(coarse.blocks, 0, 2 * CHUNK) == KL["q1"]
 
 
 def test_a_level_that_promises_nothing_is_no_measure() -> None:
