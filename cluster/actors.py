@@ -28,6 +28,7 @@ from decode.worker import DecodeWorker
 from prefill.disk_store import StoreError
 from prefill.model import ModelRefused
 from prefill.runtime import load_runtime
+from prefill.store import ChunkStore
 from prefill.worker import PrefillWorker
 from transport.curve import CurveKeys
 from transport.errors import TransportError
@@ -107,11 +108,12 @@ class WorkerActor:
         self._policy_number = 0  # the one that it is started with
         self._is_cut = False  # whether the index leaves out some of what this worker holds
         self._worker: PrefillWorker | DecodeWorker | None = None
+        self._store: ChunkStore | None = None
         try:
             loaded = load_runtime(**runtime)
             kind = PrefillWorker if role == "prefill" else DecodeWorker
-            opened = None if store is None else loaded.open_store(**store)
-            self._worker = kind(loaded, store=opened, worker_id=worker_id, **_with_node_address(worker))
+            self._store = None if store is None else loaded.open_store(**store)
+            self._worker = kind(loaded, store=self._store, worker_id=worker_id, **_with_node_address(worker))
         except (ModelRefused, StoreError, TransportError) as error:
             self._refused = str(error)
             return
@@ -147,15 +149,16 @@ class WorkerActor:
 
     def stats(self) -> dict[str, float]:
         assert self._worker is not None
-        stats = self._worker.stats()
-        if self._info.role == "prefill":
-            return stats
-        return {**stats, POLICY_NUMBER: self._policy_number, MAY_AGGREGATE: float(self._may_aggregate)}
+        stats = {**self._worker.stats(), POLICY_NUMBER: self._policy_number}
+        return stats if self._info.role == "prefill" else {**stats, MAY_AGGREGATE: float(self._may_aggregate)}
 
     def set_policy(self, number: int, policy: SLOPolicy) -> None:
-        """For later requests. Reported from now on under this number, see cluster/policy_reload.py."""
-        assert isinstance(self._worker, DecodeWorker)
-        self._worker.set_policy(policy)
+        """For later requests, and for what the store holds of tenants. Reported from now on under this number, see
+        cluster/policy_reload.py."""
+        if isinstance(self._worker, DecodeWorker):
+            self._worker.set_policy(policy)
+        if self._store is not None:
+            self._store.set_shares(policy.store_shares())
         self._policy_number, self._may_aggregate = number, may_aggregate(policy)
 
     def check_integrity(self) -> None:

@@ -12,11 +12,13 @@ import pytest
 import cluster.actors
 from cluster.actors import Controller, WorkerActor, _kv_endpoint, may_aggregate
 from cluster.membership import EXPIRED_S, Role, WorkerInfo
+from cluster.policy import parse_policy
 from cluster.policy_reload import POLICY_NUMBER
 from cluster.prefix_index import Coverage, IndexFeed, IndexSource
 from cluster.route_costs import MAY_AGGREGATE
 from decode.slo import SLOPolicy
 from decode.worker import DecodeWorker
+from prefill.store import MASTER_LEVEL, ChunkStore
 
 
 class Ended(BaseException):
@@ -41,10 +43,11 @@ class FakeWorker:
         return {"asked": self.asked}
 
 
-def worker_actor(role: Role, worker: Any) -> WorkerActor:
+def worker_actor(role: Role, worker: Any, store: ChunkStore | None = None) -> WorkerActor:
     """An actor around a worker, without the process."""
     actor = object.__new__(WorkerActor)
     actor._worker, actor._policy_number, actor._may_aggregate, actor._is_cut = worker, 0, True, False
+    actor._store = store
     actor._feed = IndexFeed(worker) if isinstance(worker, IndexSource) else None
     actor._info = WorkerInfo(id=role, role=role, incarnation=f"{role}-1", endpoint="tcp://127.0.0.1:1")
     return actor
@@ -92,8 +95,15 @@ def test_a_policy_reaches_the_worker_and_then_its_reports() -> None:
     assert actor.stats()[POLICY_NUMBER] == 3, "a policy that was not taken is not reported"
 
 
-def test_prefill_workers_have_no_policy() -> None:
-    assert worker_actor("prefill", FakeWorker(looks=1, asked=1)).stats() == {"asked": 2}
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_policy_reaches_the_store_of_either_role(role: Role) -> None:
+    store = ChunkStore(100)
+    for number in range(6):
+        store.put(chunk(number), MASTER_LEVEL, bytes(10), tenant="free" if number % 2 else "gold")
+    actor = worker_actor(role, Taker() if role == "decode" else FakeWorker(looks=1, asked=1), store)
+    actor.set_policy(1, parse_policy("share: {max_store_share: 0.1}\ntenants: {gold: {share: {max_store_share: 0.2}}}"))
+    assert {tenant: held.ram_bytes for tenant, held in store.stats().tenants.items()} == {"free": 10, "gold": 20}
+    assert actor.stats()[POLICY_NUMBER] == 1
 
 
 # -- what a worker holds --------------------------------------------------------------------------------------------
