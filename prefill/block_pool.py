@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 
 class PoolExhausted(Exception):
@@ -186,9 +187,8 @@ class BlockPool:
         """Forget what has been cached for too long; the blocks that it was in."""
         freed: list[int] = []
         if self._ttl_s is not None:
-            for block, at in list(self._cached.items()):
-                if now - at < self._ttl_s:
-                    break
+            ttl_s = self._ttl_s
+            for block, _ in list(takewhile(lambda used: now - used[1] >= ttl_s, self._cached.items())):
                 if self._is_leaf(block):  # by now, unless it is pinned: its children stood before it
                     self._forget(block)
                     freed.append(block)

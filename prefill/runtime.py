@@ -133,12 +133,14 @@ def load_runtime(
     dtype: str = "bfloat16",
     num_blocks: int | None = None,
     kv_memory_bytes: int | None = None,
+    page_ttl_s: float | None = None,
     threads: int = 1,
 ) -> ModelRuntime:
     """Load the model folder and everything around it. Raises prefill.model.ModelRefused, before anything is loaded if
     weights and pages do not fit the memory that is left now.
 
     The pool holds `num_blocks` blocks, or as many as `kv_memory_bytes` hold; by default eight full contexts.
+    page_ttl_s: pages that nobody has used for so long are forgotten.
     """
     torch.set_num_threads(threads)
     size = read_model_size(path, dtype=dtype)
@@ -152,7 +154,7 @@ def load_runtime(
         model=model,
         profile=_profile_of(Path(path), model),
         pool=pool,
-        allocator=BlockPool(num_blocks),
+        allocator=BlockPool(num_blocks, ttl_s=page_ttl_s),
         engine=Engine(model, pool),
     )
     warmup(runtime.profile)
