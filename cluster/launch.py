@@ -23,7 +23,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from cluster.actors import CONTROLLER, Controller, GatewayActor, WorkerActor
-from cluster.config import ServeConfig, StartRefused, WorkerLink
+from cluster.config import DecodeLink, ServeConfig, StartRefused, WorkerLink
 from cluster.membership import Role, WorkerInfo
 from cluster.policy import why_unservable
 from cluster.policy_reload import PolicyKeeper
@@ -192,7 +192,7 @@ def _start(config: ServeConfig) -> RunningCluster:
                     "policy": config.policy,
                     "chunk_tokens": config.chunk_tokens,
                     "prefix_caching": config.prefix_caching,
-                    "kv_bind": _bind(WorkerLink(), is_local),
+                    "kv_bind": _bind(WorkerLink(bind=link.kv_bind), is_local),
                 }
             workers[worker_id] = actor.options(
                 num_cpus=0, resources={role: 1}, max_restarts=-1, runtime_env=environment
@@ -203,6 +203,7 @@ def _start(config: ServeConfig) -> RunningCluster:
                 worker=worker,
                 store=_store(config, worker_id) if role == "prefill" or config.prefix_caching else None,
                 advertise=link.advertise,
+                kv_advertise=link.kv_advertise if role == "decode" else None,
             )
     name = config.model_name or Path(config.model).resolve().name
     gateway = (  # made while the workers load, so that its own imports do not add to the start
@@ -273,9 +274,10 @@ def _keys(*, enabled: bool) -> tuple[CurveKeys | None, Any]:
     return client, make
 
 
-def _link(config: ServeConfig, role: Role | str, number: int) -> WorkerLink:
+def _link(config: ServeConfig, role: Role | str, number: int) -> Any:
+    """WorkerLink or, of a decode worker, DecodeLink."""
     links = getattr(config.link, role)
-    return links[number] if number < len(links) else WorkerLink()
+    return links[number] if number < len(links) else DecodeLink() if role == "decode" else WorkerLink()
 
 
 def _store(config: ServeConfig, worker_id: str) -> dict[str, Any]:
