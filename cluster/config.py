@@ -89,13 +89,28 @@ class WorkerLink(BaseModel):
     advertise: Address | None = Field(default=None, description="HOST:PORT that others connect to. Default: `bind`.")
 
 
+class DecodeLink(WorkerLink):
+    """A decode worker listens twice: `bind` and `advertise` are for tokens, the others for the chunks it keeps."""
+
+    kv_bind: Address | None = Field(
+        default=None, description="HOST:PORT to serve kept chunks on; port 0: any free one. Default: any free port."
+    )
+    kv_advertise: Address | None = Field(
+        default=None,
+        description="HOST:PORT that others load kept chunks from. Default: `kv_bind`; with `advertise` alone, others "
+        "are not told of these chunks.",
+    )
+
+
 class Links(BaseModel):
     """Endpoints of single workers, in their order; others choose for themselves."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     prefill: tuple[WorkerLink, ...] = Field(default=(), strict=False, description="Where prefill workers serve KV.")
-    decode: tuple[WorkerLink, ...] = Field(default=(), strict=False, description="Where decode workers serve tokens.")
+    decode: tuple[DecodeLink, ...] = Field(
+        default=(), strict=False, description="Where decode workers serve tokens, and the chunks that they keep."
+    )
 
 
 class ServeFile(BaseModel):
@@ -147,6 +162,13 @@ class ServeFile(BaseModel):
         description="Decode workers keep what they served: its pages, which requests with the same prefix share, and "
         "chunks in a store of their own. false: they keep nothing, and every prompt is loaded or computed anew.",
     )
+    page_ttl_s: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Pages that decode workers keep after a request are forgotten when nobody used them for so many "
+        "seconds. Default: only when others need them.",
+    )
     store_bytes: Bytes = Field(default=512 * 2**20, description="Encoded chunks that a worker keeps in RAM, in bytes.")
     store_path: str | None = Field(
         default=None,
@@ -157,7 +179,10 @@ class ServeFile(BaseModel):
         default=8 * 2**30, description="The most that a worker keeps on disk, in bytes. Only with store_path."
     )
     store_ttl_s: float | None = Field(
-        default=None, gt=0, description="Chunks that nobody used for so many seconds are dropped. Default: never."
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Chunks that nobody used for so many seconds are dropped. Default: never.",
     )
     host: str = Field(
         default="127.0.0.1", description="Where the gateway listens; 0.0.0.0 to be reached from elsewhere."
@@ -281,10 +306,18 @@ def _contradictions(document: YamlDocument, config: ServeFile) -> list[str]:
     problems: list[str] = []
     if config.kv_blocks is not None and config.kv_memory is not None:
         problems.append(f"{document.at(('kv_memory',))}: `kv_memory` and `kv_blocks` set the same thing; keep one")
+    if config.page_ttl_s is not None and not config.prefix_caching:
+        reason = "`page_ttl_s` is for pages that are kept, and `prefix_caching: false` keeps none; leave one out"
+        problems.append(f"{document.at(('page_ttl_s',))}: {reason}")
     for role, count in (("prefill", config.num_prefill), ("decode", config.num_decode)):
         listed = len(getattr(config.link, role))
         if listed > count:
             at = document.at(("link", role))
             problems.append(f"{at}: `link.{role}` lists {listed} workers but `num_{role}` is {count}")
+    for i, link in enumerate(config.link.decode):
+        given = next((key for key in ("kv_bind", "kv_advertise") if getattr(link, key) is not None), None)
+        if given is not None and not config.prefix_caching:
+            at = document.at(("link", "decode", i, given))
+            problems.append(f"{at}: `{given}` is for chunks that are kept, and `prefix_caching: false` keeps none")
     reasons = why_unservable(config.policy, levels=config.policy.levels, num_prefill=config.num_prefill)
     return problems + [f"{document.at(('num_prefill',))}: {reason}" for reason in reasons]

@@ -10,14 +10,10 @@ from typing import Protocol
 
 from decode.active_request import ActiveRequest
 from decode.admission_times import AdmissionTimes
-from decode.scheduler import Phase, Scheduler, Sequence, Waiting
+from decode.scheduler import Lack, Phase, Scheduler, SchedulingPolicy, Sequence, Waiting
+from decode.scheduling_policy import MAX_SEQUENCES
 from decode.tagged_pages import PageTable, TaggedPages
 from prefill.block_pool import PoolExhausted
-
-# Left free for each admitted request to grow into: without any, half of all requests are preempted where pages are
-# short (docs/scheduler.md).
-SPARE_BLOCKS = 2
-MAX_SEQUENCES = 256  # admitted at once; as many transfers as transport allows to one source
 
 
 class HolderOwner(Protocol):
@@ -67,9 +63,16 @@ class PageHolders:
         if self._is_admitting:
             return  # called from within by a request that ended at once; the loop below goes on
         self._is_admitting, self._now = True, now
+        self._pages.expire(now)
         try:
             while True:
-                waiting = self._scheduler.next_to_admit(now, self._take_pages, is_deferred=self._can_join)
+                waiting = self._scheduler.next_to_admit(
+                    now,
+                    self._take_pages,
+                    is_deferred=self._can_join,
+                    lacks=self._lacks,
+                    spill=lambda sequence: self.spill(sequence, now),
+                )
                 if waiting is None:
                     return
                 self._begin(waiting, now)
@@ -97,15 +100,30 @@ class PageHolders:
         state = self._requests[waiting.key]
         num_to_fill = _num_to_fill(state, waiting)
         try:
-            state.pages = self._pages.begin(state.chain, num_to_fill, waiting.num_tokens, state.max_kl)
+            state.pages = self._pages.begin(state.chain, num_to_fill, waiting.num_tokens, state.max_kl, self._now)
         except PoolExhausted:
             return False
-        if len(self._scheduler) and not self._pages.can_grow_by(SPARE_BLOCKS * (len(self._scheduler) + 1)):
+        if not self._pages.can_grow_by(SchedulingPolicy.spare_blocks(len(self._scheduler))):
             self._pages.release(state.pages, self._now)
             state.pages = None
             return False
         state.fill_tokens = num_to_fill
         return True
+
+    def _lacks(self, waiting: Waiting) -> Lack | None:
+        """Of pages, if those are what it waits for."""
+        if len(self._scheduler) >= MAX_SEQUENCES:
+            return None
+        state = self._requests[waiting.key]
+        num_lacking, found = self._pages.lacking(
+            state.chain, _num_to_fill(state, waiting), waiting.num_tokens, state.max_kl
+        )
+        return Lack(blocks=lambda num_left: num_lacking + SchedulingPolicy.spare_blocks(num_left), shared=found)
+
+    def before_step(self, now: float) -> None:
+        """When no forward pass uses anybody's pages, the more urgent of those who wait get theirs."""
+        if self._scheduler.may_preempt_for_waiting():
+            self.admit(now)
 
     def _begin(self, waiting: Waiting, now: float) -> None:
         key, state = waiting.key, self._requests[waiting.key]

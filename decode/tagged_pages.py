@@ -61,7 +61,9 @@ class TaggedPages:
         num_found = len(self._match(keys, max_kl))
         return keys[num_found] if num_found < len(keys) else None
 
-    def begin(self, chain: KeyChain, num_prompt: int, num_tokens: int, max_kl: float | None) -> PageTable:
+    def begin(
+        self, chain: KeyChain, num_prompt: int, num_tokens: int, max_kl: float | None, now: float = 0.0
+    ) -> PageTable:
         """Pages for `num_tokens` tokens, the first of them with the KV that is here already of the prompt's; its last
         token is always computed, for its logits. Raises PoolExhausted."""
         found: list[int] = []
@@ -74,11 +76,23 @@ class TaggedPages:
         try:
             self.grow(table, num_tokens)
         except BaseException:
-            self._release(found)
+            self._release(found, now)
             raise
         table.num_known = len(found)
         table.cached_tokens = len(found) * BLOCK_TOKENS
         return table
+
+    def lacking(
+        self, chain: KeyChain, num_prompt: int, num_tokens: int, max_kl: float | None
+    ) -> tuple[int, frozenset[int]]:
+        """How many more pages would have to come free for `begin`, below 0 if there are more than enough, and which of
+        those that are in use it would share."""
+        found: list[int] = []
+        if max_kl is not None and self._shares_prefixes:
+            found = self._match(chain.blocks(BLOCK_TOKENS)[: (num_prompt - 1) // BLOCK_TOKENS], max_kl)
+        num_cached = sum(not self._blocks.num_holders(block) for block in found)
+        num_new = blocks_for(num_tokens, BLOCK_TOKENS) - len(found)
+        return num_new - (self._blocks.num_available - num_cached), frozenset(found)
 
     def to_fill(self, table: PageTable, num_prompt: int) -> list[bytes]:
         """The keys of the prompt's blocks whose KV was not there."""

@@ -30,6 +30,7 @@ from decode.requests import GenerationRequest, RequestRefused, TokenLogprobs
 from decode.sampling import Drawn
 from decode.sampling_state import SamplingState
 from decode.scheduler import Phase, QueueRefused, Scheduler, SchedulingPolicy, Sequence
+from decode.scheduling_policy import MAX_WAITING
 from decode.slo import SLOPolicy
 from decode.startup import measure_compute, measure_decode, measure_steps, promised_kl, worker_limits
 from decode.tagged_pages import TaggedPages
@@ -42,7 +43,6 @@ from prefill.store import MASTER_LEVEL, ChunkStore
 from transport.curve import CurveKeys
 from transport.stream_server import StreamServer
 
-MAX_WAITING = 256
 MAX_RECEIPTS = 1024
 READ_S_PER_BYTE = 1e-9  # from disk: 1 GB/s
 
@@ -158,8 +158,10 @@ class DecodeWorker:
         return not self._stopping and self._engine.is_alive and self._puller.is_alive and is_source_alive
 
     def stats(self) -> dict[str, float]:
-        """Counters and gauges, by their metric name without prefix."""
+        """Counters and gauges, by their metric name without prefix. Asked for once a second, by which time pages that
+        nobody has used for too long are forgotten, also while no request comes."""
         with self._lock:
+            self._pages.expire(time.monotonic())
             return {
                 **{f"decode_{name}": value for name, value in self._counters.items()},
                 **{f"decode_{name}": value for name, value in self._puller.counters.items()},
@@ -439,6 +441,9 @@ class DecodeWorker:
 
     def kv_written(self, key: str, start: int, stop: int) -> None:
         self._kept.written(self._requests[key], start, stop)
+
+    def before_step(self, now: float) -> None:
+        self._holders.before_step(now)
 
     def grow(self, sequence: Sequence, num_blocks: int) -> bool:
         return self._holders.grow(sequence, num_blocks)

@@ -28,7 +28,7 @@ from prefill.model_size import read_model_size
 from transport.messages import Greeting
 
 if TYPE_CHECKING:
-    from prefill.store import ChunkStore
+    from prefill.store import ChunkStore, StoreShares
 
 log = logging.getLogger("kvstream.runtime")
 
@@ -68,7 +68,11 @@ class ModelRuntime:
         """The same model with other pages, and an engine whose passes take turns with this one's."""
         pool = KVPool(self.model.layout, num_blocks, BLOCK_TOKENS, self.model.device)
         return replace(
-            self, pool=pool, allocator=BlockPool(num_blocks), engine=self.engine.beside(pool), spare_blocks=0
+            self,
+            pool=pool,
+            allocator=BlockPool(num_blocks, ttl_s=self.allocator.ttl_s),
+            engine=self.engine.beside(pool),
+            spare_blocks=0,
         )
 
     def open_store(
@@ -79,6 +83,7 @@ class ModelRuntime:
         path: str | Path | None = None,
         disk_bytes: int = 0,
         ttl_s: float | None = None,
+        tenant_shares: StoreShares | None = None,
     ) -> ChunkStore:
         """A chunk store for KV of this model; on disk too if a directory is given, which is then its own. Raises
         prefill.disk_store.StoreError."""
@@ -95,7 +100,7 @@ class ModelRuntime:
                 namespace=f"{greeting.model_fingerprint} {greeting.kv_layout} {greeting.codec_profile} {chunk_tokens}",
                 levels=frozenset() if finest is None else frozenset({finest.name}),
             )
-        return ChunkStore(ram_bytes, disk=disk, ttl_s=ttl_s)
+        return ChunkStore(ram_bytes, disk=disk, tenant_shares=tenant_shares, ttl_s=ttl_s)
 
     def encode(self, k: Tensor, v: Tensor, *, start: int, level: str) -> bytes:
         """Encode k, v [L, T, H, D] of the tokens from position `start` on. Raises codec.errors.CodecError."""
@@ -157,6 +162,7 @@ def load_runtime(
     dtype: str = "bfloat16",
     num_blocks: int | None = None,
     kv_memory_bytes: int | None = None,
+    page_ttl_s: float | None = None,
     threads: int = 1,
     device: str = "auto",
     spares_blocks: bool = False,
@@ -167,6 +173,7 @@ def load_runtime(
     `device`: auto (the GPU if there is one), cpu or cuda.
 
     The pool holds `num_blocks` blocks, or as many as `kv_memory_bytes` hold; by default eight full contexts.
+    page_ttl_s: pages that nobody has used for so long are forgotten.
     spares_blocks: it holds what one full context needs of these, but not more than half; the rest is spared.
     """
     torch.set_num_threads(threads)
@@ -189,7 +196,7 @@ def load_runtime(
         model=model,
         profile=profile,
         pool=pool,
-        allocator=BlockPool(num_blocks),
+        allocator=BlockPool(num_blocks, ttl_s=page_ttl_s),
         engine=Engine(model, pool),
         codec=codec_for(place, profile, rope, model.layout.torch_dtype),
         spare_blocks=spare_blocks,

@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import time
 
 import httpx
@@ -14,7 +15,7 @@ import pytest
 import ray
 from openai import OpenAI
 
-from cluster.config import BUNDLED_MODEL, ServeConfig, StartRefused, load_config
+from cluster.config import BUNDLED_MODEL, DecodeLink, Links, ServeConfig, StartRefused, load_config
 from cluster.launch import _check_room, policy_keeper, running_cluster
 from cluster.policy_reload import POLICY_NUMBER
 from decode.slo import SLOPolicy
@@ -23,10 +24,30 @@ from prefill.runtime import load_runtime
 from scripts.demo_client import ask
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def cluster():
+    tokens, kv = (f"{free_port()}" for _ in range(2))
+    link = DecodeLink(
+        bind=f"127.0.0.1:{tokens}",
+        advertise=f"localhost:{tokens}",
+        kv_bind=f"127.0.0.1:{kv}",
+        kv_advertise=f"localhost:{kv}",
+    )
     config = ServeConfig(
-        port=0, num_prefill=2, num_decode=2, prefill_decodes=False, threads=1, policy=SLOPolicy(ttft_s=20.0)
+        port=0,
+        num_prefill=2,
+        num_decode=2,
+        prefill_decodes=False,
+        threads=1,
+        page_ttl_s=3600.0,
+        link=Links(decode=(link,)),
+        policy=SLOPolicy(ttft_s=20.0),
     )
     with running_cluster(config) as running:
         yield running
@@ -70,6 +91,16 @@ def test_a_document_asked_about_again_comes_from_the_store(cluster) -> None:
     assert first.receipt["source"] == again.receipt["source"]
 
 
+def test_workers_are_told_where_what_a_decode_worker_keeps_is_advertised(cluster) -> None:
+    _, told = ray.get(cluster.controller.table.remote(), timeout=60)
+    endpoints = {info["id"]: (info["endpoint"], info["kv_endpoint"]) for info in told}
+    for endpoint in endpoints["decode-0"]:
+        assert endpoint.startswith("tcp://localhost:")
+        socket.create_connection(endpoint.removeprefix("tcp://").rsplit(":", 1), timeout=10).close()
+    assert all(endpoint.startswith("tcp://127.0.0.1:") for endpoint in endpoints["decode-1"])
+    assert endpoints["prefill-0"][1] is None
+
+
 def test_the_openai_client_drives_it(cluster) -> None:
     client = OpenAI(base_url=f"{cluster.base_url}/v1", api_key="none", timeout=60, max_retries=0)
     model = client.models.list().data[0].id
@@ -109,23 +140,28 @@ def test_metrics_and_health(cluster) -> None:
     assert httpx.get(f"{cluster.base_url}/health").json()["status"] == "ok"
 
 
-def test_a_changed_policy_file_reaches_the_decode_workers(cluster, tmp_path) -> None:
+def test_a_changed_policy_file_reaches_the_workers_and_their_stores(cluster, tmp_path) -> None:
     path, lines = tmp_path / "policy.yaml", []
     path.write_text("ttft_ms: 20000\n")  # as the cluster was started with
     keeper = policy_keeper(load_config(None, policy=path), cluster, say=lines.append)
-    decoders = [actor for name, actor in cluster.workers.items() if name.startswith("decode")]
+
+    def stats() -> list[dict[str, float]]:
+        return ray.get([worker.stats.remote() for worker in cluster.workers.values()], timeout=60)
 
     def change(text: str, now: float) -> set[float]:
         path.write_text(text)
         keeper.tick(now)
         keeper.tick(now + 1.0)
-        return {stats[POLICY_NUMBER] for stats in ray.get([d.stats.remote() for d in decoders], timeout=60)}
+        return {reported[POLICY_NUMBER] for reported in stats()}
 
     assert change("ttft_ms: 7000\n", 10.0) == {1}
     assert ask_all(cluster.base_url, [prompt(300, seed=6)], max_tokens=1)[0].receipt["target_ms"] == 7000
     assert change("ttft_ms: soon\n", 20.0) == {1}
     assert "policy 1 stays" in lines[-1]
-    assert change("ttft_ms: 20000\n", 30.0) == {2}
+    assert sum(reported["store_used_bytes"] for reported in stats()) > 0
+    assert change("ttft_ms: 20000\nshare: {max_store_share: 0.000001}\n", 30.0) == {2}
+    assert sum(reported["store_used_bytes"] for reported in stats()) == 0
+    assert change("ttft_ms: 20000\n", 40.0) == {3}
 
 
 def test_a_controller_that_restarts_is_not_noticed(cluster, alone) -> None:

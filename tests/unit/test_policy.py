@@ -31,19 +31,32 @@ def test_a_full_policy_in_seconds() -> None:
 
 def test_shares_are_inherited_key_by_key() -> None:
     text = (
-        "share: {max_requests: 8, max_kv_share: 0.5}\ntenants:\n  gold: {share: {weight: 3}}\n  free: {ttft_ms: 900}\n"
+        "share: {max_requests: 8, max_kv_share: 0.5, max_store_share: 0.3}\n"
+        "tenants:\n  gold: {share: {weight: 3, max_store_share: 1}}\n  free: {ttft_ms: 900}\n"
     )
     policy = parse_policy(text)
-    assert policy.share == TenantShare(max_requests=8, max_blocks_share=0.5)
+    assert policy.share == TenantShare(max_requests=8, max_blocks_share=0.5, max_store_share=0.3)
     assert policy.shares() == {
-        "gold": TenantShare(weight=3.0, max_requests=8, max_blocks_share=0.5),
-        "free": TenantShare(max_requests=8, max_blocks_share=0.5),
+        "gold": TenantShare(weight=3.0, max_requests=8, max_blocks_share=0.5, max_store_share=1.0),
+        "free": TenantShare(max_requests=8, max_blocks_share=0.5, max_store_share=0.3),
     }
+    stored = policy.store_shares()
+    assert [stored.of(name) for name in ("gold", "free", "another", "")] == [1.0, 0.3, 0.3, 0.3]
+    assert SLOPolicy().store_shares().of("anybody") == 1.0
 
 
 @pytest.mark.parametrize(
     "share",
-    ["{weight: 0}", "{weight: .inf}", "{max_requests: 0}", "{max_kv_share: 1.5}", "{max_kv_share: 0}", "{size: 1}"],
+    [
+        "{weight: 0}",
+        "{weight: .inf}",
+        "{max_requests: 0}",
+        "{max_kv_share: 1.5}",
+        "{max_kv_share: 0}",
+        "{max_store_share: 0}",
+        "{max_store_share: 2}",
+        "{size: 1}",
+    ],
 )
 def test_a_share_that_makes_no_sense_is_named_with_its_line(share: str) -> None:
     (problem,) = problems_of(f"tenants:\n  gold:\n    share: {share}\n")
@@ -286,6 +299,9 @@ def test_links_of_single_workers(tmp_path: Path) -> None:
     path = write(tmp_path, "link:\n  prefill:\n    - bind: 127.0.0.1:7100\n      advertise: 127.0.0.1:7000\n")
     (link,) = load_config(path).link.prefill
     assert (link.bind, link.advertise) == ("127.0.0.1:7100", "127.0.0.1:7000")
+    path = write(tmp_path, "link:\n  decode: [{kv_bind: '127.0.0.1:7100', kv_advertise: '[::1]:7000'}]\n")
+    (decode,) = load_config(path).link.decode
+    assert (decode.bind, decode.kv_bind, decode.kv_advertise) == (None, "127.0.0.1:7100", "[::1]:7000")
 
 
 @pytest.mark.parametrize(
@@ -296,11 +312,18 @@ def test_links_of_single_workers(tmp_path: Path) -> None:
         ("num_decode: 0\n", 1, "`num_decode`"),
         ("kv_blocks: 5\nkv_memory: 1GB\n", 2, "set the same thing"),
         ("store_bytes: lots\n", 1, "like 512MB"),
+        ("port: 1\npage_ttl_s: 0\n", 2, "`page_ttl_s`"),
+        ("page_ttl_s: .inf\n", 1, "`page_ttl_s`"),
+        ("store_ttl_s: .nan\n", 1, "`store_ttl_s`"),
+        ("prefix_caching: false\npage_ttl_s: 60\n", 2, "`prefix_caching: false` keeps none"),
         ("dtype: int4\n", 1, "'bfloat16' or 'float32'"),
         ("device: gpu\n", 1, "'auto', 'cpu' or 'cuda'"),
         ("link:\n  prefill:\n    - bind: nowhere\n", 3, "HOST:PORT"),
         ("link:\n  prefill:\n    - bid: 1.2.3.4:5\n", 3, "did you mean `bind`?"),
         ("link:\n  decode: [{}, {}]\n", 2, "`num_decode` is 1"),
+        ("link:\n  decode:\n    - kv_advertise: somewhere\n", 3, "HOST:PORT"),
+        ("link:\n  prefill:\n    - kv_advertise: 1.2.3.4:5\n", 3, "unknown key `kv_advertise`"),
+        ("prefix_caching: false\nlink:\n  decode:\n    - kv_bind: 1.2.3.4:5\n", 4, "`kv_bind` is for chunks"),
         ("policy:\n  itl_ms: 5\n  tft_ms: 5\n", 3, "did you mean `ttft_ms`?"),
         ("port: 1\npolicy: none.yaml\n", 2, "does not exist"),
         ("policy: 7\n", 1, "`policy`"),
