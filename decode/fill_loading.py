@@ -322,13 +322,13 @@ class Loader:
     def _to_load(self) -> list[Layers]:
         return self._windows.to_load(self._has_to_be_computed)
 
-    def _has_to_be_computed(self, chunk: int) -> bool:
+    def _has_to_be_computed(self, chunk: int, is_seen: bool) -> bool:
         """As far as can be seen. A source that has not answered yet promises nothing."""
         if self._table.logs[chunk].state is not ChunkState.MISSING or not self.spec.may_compute:
             return False
         if self.spec.replay is not None:
             return self.spec.replay.levels[chunk] == TEXT
-        return not any(source.is_open and chunk not in source.refused for source in self._sources)
+        return is_seen and not any(source.is_open and chunk not in source.refused for source in self._sources)
 
     def _live_source_s(self, now: float) -> float:
         """Until a live source has computed the last chunk. It takes about as long for a chunk as this worker would,

@@ -106,18 +106,16 @@ class PageHolders:
         sequence = self._owner.admitted(key, waiting.sequence, waiting.arrival, now)
         sequence.block_table = state.pages.blocks
         self._scheduler.add(sequence, waiting)
-        for block in self._waited_for(state):
-            self._being_filled.setdefault(block, key)
+        if state.pages.max_kl is not None:
+            for block in self._pages.to_fill(state.pages, state.fill_tokens):
+                self._being_filled.setdefault(block, key)
         self._owner.begin_fill(sequence, now)
-
-    def _waited_for(self, state: ActiveRequest) -> list[bytes]:
-        if state.pages is None or state.pages.max_kl is None:
-            return []
-        return self._pages.to_fill(state.pages, state.fill_tokens)
 
     def filled(self, key: str) -> None:
         """Nobody needs to wait for this request's pages any more: they are there, or will not come."""
-        for block in self._waited_for(self._requests[key]):
+        state = self._requests[key]
+        # Also of a table that shares nothing any more: it may have begun as one that would.
+        for block in self._pages.to_fill(state.pages, state.fill_tokens) if state.pages is not None else ():
             if self._being_filled.get(block) == key:
                 del self._being_filled[block]
 

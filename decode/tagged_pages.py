@@ -124,6 +124,10 @@ class TaggedPages:
         parent = keys.pop(0) if table.num_known else None
         for index in range(table.num_known, num_tokens // BLOCK_TOKENS):
             key, block = keys[index - table.num_known], table.blocks[index]
+            if not self._quality.is_whole([block]):
+                # Others may go on from where its missing layers are still seen. What continues it cannot be found.
+                table.max_kl, table.num_known = None, index
+                return
             known = self._blocks.block_of(key)
             is_better = known is not None and self._quality.worst([block]) < self._quality.worst([known])
             found = self._register(block, key, parent, replace=is_better)
@@ -150,9 +154,24 @@ class TaggedPages:
 
     # -- what is in them ------------------------------------------------------------------------------------------
 
-    def loaded(self, table: Sequence[int], start: int, stop: int, level: str, base_kl: float = EXACT) -> None:
-        """A chunk at this level was decoded into them. base_kl: the promise of what it was encoded from."""
-        self._quality.filled(_blocks(table, start, stop), max(self._kl[level], base_kl))
+    def loaded(
+        self,
+        table: Sequence[int],
+        start: int,
+        stop: int,
+        level: str,
+        base_kl: float = EXACT,
+        *,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        """A chunk at this level was decoded into them. base_kl: the promise of what it was encoded from. layers: that
+        came (None: all); if some are missing, these pages are of use to this sequence alone."""
+        kl = max(self._kl[level], base_kl) if layers is None or layers else EXACT
+        self._quality.filled(_blocks(table, start, stop), kl, is_whole=layers is None)
+
+    def discarded(self, table: Sequence[int], start: int, stop: int) -> None:
+        """What was loaded is not used; something else will be put in its place."""
+        self._quality.released(_blocks(table, start, stop))
 
     def refine(
         self, table: Sequence[int], start: int, k: Tensor, v: Tensor, level: str, base_kl: float = EXACT
@@ -172,6 +191,10 @@ class TaggedPages:
         """The worst promise of these tokens' KV, nats a token; None if some of it promises nothing."""
         worst = self._quality.worst(_blocks(table, start, stop))
         return None if worst == UNKNOWN else worst
+
+    def is_whole(self, table: Sequence[int], start: int, stop: int) -> bool:
+        """Whether all layers of these tokens' KV are there."""
+        return self._quality.is_whole(_blocks(table, start, stop))
 
     # -- the rest -------------------------------------------------------------------------------------------------
 

@@ -44,16 +44,16 @@ class WindowChunks:
         """Of the whole chunk, if all layers were of one size."""
         return 1.0 if layers is None else len(layers) / self._num_layers
 
-    def to_load(self, is_computed: Callable[[int], bool]) -> list[Layers]:
-        """By chunk, what of it to load if nothing but the tail and chunks that `is_computed` says so of are computed
-        from now on. Nobody computes what nobody sees."""
+    def to_load(self, is_computed: Callable[[int, bool], bool]) -> list[Layers]:
+        """By chunk, what of it to load if nothing but the tail and the chunks of which `is_computed` says so are
+        computed from now on. That is asked from the back, with whether anybody sees the chunk at all."""
         if not self.has_windows:
             return [None] * self._num_chunks
         found: list[Layers] = [None] * self._num_chunks
         first_query = self._num_chunks * self._chunk_tokens
         for chunk in reversed(range(self._num_chunks)):
             found[chunk] = self.seen(chunk, first_query)
-            if found[chunk] != () and is_computed(chunk):
+            if is_computed(chunk, found[chunk] != ()):
                 first_query = chunk * self._chunk_tokens
         return found
 

@@ -32,6 +32,7 @@ from decode.scheduler import Phase, QueueRefused, Scheduler, SchedulingPolicy, S
 from decode.slo import SLOPolicy
 from decode.startup import measure_compute, measure_decode, promised_kl, worker_limits
 from decode.tagged_pages import TaggedPages
+from decode.window_chunks import Layers
 from prefill.chunks import num_loadable_chunks
 from prefill.held_chunks import HeldChunks
 from prefill.kv_source import KVSource
@@ -348,10 +349,15 @@ class DecodeWorker:
         sequence.work, sequence.work_chunk = (start, stop), chunk
         self._lock.notify_all()
 
-    def chunk_loaded(self, key: str, start: int, stop: int, level: str, base_kl: float) -> None:
+    def chunk_loaded(self, key: str, start: int, stop: int, level: str, base_kl: float, *, layers: Layers) -> None:
         sequence = self._scheduler.get(key)
         assert sequence is not None
-        self._pages.loaded(sequence.block_table, start, stop, level, base_kl)
+        self._pages.loaded(sequence.block_table, start, stop, level, base_kl, layers=layers)
+
+    def chunk_discarded(self, key: str, start: int, stop: int) -> None:
+        sequence = self._scheduler.get(key)
+        assert sequence is not None
+        self._pages.discarded(sequence.block_table, start, stop)
 
     def fill_ready(self, key: str, now: float) -> None:
         sequence, state = self._scheduler.get(key), self._requests[key]

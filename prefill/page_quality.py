@@ -7,6 +7,9 @@ loss, kept apart because they end differently:
     inherited  the worst KV that tokens in it were computed on; it stays when that KV is refined, for it was used
 
 The block's tag is the worse of the two. Blocks that hold nothing have none: to ask for it is a bug of ours.
+
+Apart from that a block may lack layers that its sequence does not need (sliding windows). That is no loss to anybody
+who has it, but nobody else may have it.
 """
 
 from __future__ import annotations
@@ -25,12 +28,14 @@ class PageQuality:
     def __init__(self) -> None:
         self._own: dict[int, float] = {}
         self._inherited: dict[int, float] = {}
+        self._in_part: set[int] = set()
 
-    def filled(self, blocks: Iterable[int], kl: float) -> None:
-        """All of these blocks was loaded at this quality, whatever was in them before."""
+    def filled(self, blocks: Iterable[int], kl: float, *, is_whole: bool = True) -> None:
+        """All of these blocks was loaded at this quality, whatever was in them before. is_whole: in all layers."""
         assert kl >= 0, kl
         for block in blocks:
             self._own[block], self._inherited[block] = kl, EXACT
+            (self._in_part.discard if is_whole else self._in_part.add)(block)
 
     def computed(self, blocks: Iterable[int], below: Iterable[int]) -> None:
         """Tokens in these blocks were computed; `below` has all KV that they attended to. A block that already held
@@ -54,6 +59,7 @@ class PageQuality:
         for block in blocks:
             self._own.pop(block, None)
             self._inherited.pop(block, None)
+            self._in_part.discard(block)
 
     def forget_unless(self, is_used: Callable[[int], bool]) -> None:
         """`released`, for all blocks that are not in use."""
@@ -68,6 +74,10 @@ class PageQuality:
         assert kl >= 0, kl
         return self.worst(blocks) <= kl
 
+    def is_whole(self, blocks: Iterable[int]) -> bool:
+        """Whether none of these blocks lacks a layer."""
+        return self._in_part.isdisjoint(blocks)
+
     def __len__(self) -> int:
         """How many blocks have a tag."""
         return len(self._own)
@@ -78,7 +88,7 @@ class PageQuality:
 
     def check_integrity(self, pool: BlockPool) -> None:
         """Every tag is a quality, and of a block that is in use."""
-        assert self._own.keys() == self._inherited.keys()
+        assert self._own.keys() == self._inherited.keys() >= self._in_part
         for block in self._own:
             assert self._own[block] >= 0 and self._inherited[block] >= 0, f"block {block} has no quality"
             assert pool.is_used(block), f"block {block} was freed and still has a tag"
