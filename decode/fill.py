@@ -307,7 +307,8 @@ class FillMachine:
         has_hope = any(source.is_hoped_for for source in self.sources)
         outlook = loader.outlook(now, self._load())
         if outlook.bytes_per_s <= 0 and not outlook.max_compute:
-            return []  # a source may come back; until then there is nothing to choose
+            # A source may come back; until then there is nothing to choose.
+            return self._compute(now, is_wanted=False)
         plan = choose(spec.levels, outlook, loader.budget_s(now), current=self.plan)
         if has_hope and not loader.has_opened and not plan.compute_chunks:
             return []  # nothing to do before the source answers, unless the link is known to be slow
