@@ -58,6 +58,7 @@ class FillMachine:
         self.reasons: list[tuple[float, str]] = []
         self.plan: Plan | None = None
         self.ready = self.done = self._has_first_token = False
+        self._first_token_at = 0
         self.received_bytes = 0  # all that came over the links, also what was not used in the end
         self.num_decisions = 0
         self.wake_at: float | None = None
@@ -95,6 +96,9 @@ class FillMachine:
                 log = self.chunks[event.chunk]
                 self._codec.observe(log.upgrade, event.seconds / log.share)
                 self.upgrades.refined(event, now)
+                if self._has_first_token:
+                    position = self._first_token_at + event.after_tokens - 1
+                    commands += self.upgrades.drop_unless(lambda chunk: self.loader.is_seen(chunk, position))
             case ev.RefinementRejected():
                 self._note(now, f"chunk {event.chunk}: not refined ({event.reason})")
                 self.upgrades.failed(event.chunk)
@@ -107,7 +111,8 @@ class FillMachine:
             case ev.SourceLost():
                 self._on_lost(self.sources[event.source], event.reason, now, is_final=event.is_final)
             case ev.FirstToken():
-                self._has_first_token = True
+                self._has_first_token, self._first_token_at = True, event.position
+                commands += self.upgrades.drop_unless(lambda chunk: self.loader.is_seen(chunk, event.position))
             case ev.Tick():
                 if not self._is_due(now):
                     return []

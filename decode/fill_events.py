@@ -109,7 +109,9 @@ class SourceLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstToken:
-    """It was drawn: what is refined from now on takes no core from the tail."""
+    """It was drawn: what is refined from now on takes no core from the tail. position: its own, the next query's."""
+
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

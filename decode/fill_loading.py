@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,7 @@ class Loader:
         self.has_opened = False
         self._windows = WindowChunks(spec.windows, chunk_tokens=spec.chunk_tokens, num_chunks=spec.num_chunks)
         self.chunk_bytes = dict(spec.chunk_bytes)
+        self._for_tail = self._windows.to_load(lambda chunk, is_seen: False)
         self._end_s = 0.0  # computing what no source can give, behind all that one can
         self.given_up: list[int] = []  # chunks on their way that the last commands asked for anew
         self._table, self._sources = table, sources
@@ -300,7 +302,8 @@ class Loader:
         front = sorted([*table.missing, *table.asked])[:most]
         if not self.live and has_hope:
             # Those below the first that needs layers which were not loaded; if that is the very first, all again.
-            able = next((n for n, index in enumerate(front) if self.lacking(index)), most)
+            below = bisect.bisect_right(front, min(table.parts))
+            able = next((n for n in range(below, most) if self.lacking(front[n])), most)
             if able:
                 return able, 0.0
         again = self._windows.again(front, table.parts)
@@ -312,6 +315,10 @@ class Loader:
         """The chunks in place that this one may not be computed on."""
         return self._windows.lacking(chunk, self._table.parts)
 
+    def is_seen(self, chunk: int, position: int) -> bool:
+        """Whether a query at this position or a later one sees any of it."""
+        return not self._windows.has_windows or self._windows.seen(chunk, position) != ()
+
     def num_missing(self) -> float:
         """How many whole chunks what is missing amounts to."""
         if not self._windows.has_windows:
@@ -320,6 +327,10 @@ class Loader:
         return sum(self._windows.share(layers[index]) for index in self._table.missing)
 
     def _to_load(self) -> list[Layers]:
+        if self.spec.replay is None:
+            refused = [source.refused for source in self._sources if source.is_open]
+            if refused and not set.intersection(*refused):
+                return self._for_tail  # all can be had
         return self._windows.to_load(self._has_to_be_computed)
 
     def _has_to_be_computed(self, chunk: int, is_seen: bool) -> bool:

@@ -7,7 +7,7 @@ encoding. Whether there is time for it is the caller's to say, in bytes.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from decode import fill_events as ev
 from decode.fill_chunks import ChunkLog, ChunkState, ChunkTable, Refinement
@@ -37,6 +37,17 @@ class Upgrades:
     def forget(self, chunk: int) -> None:
         """It is in place no more."""
         self._raisable.get(self._table.logs[chunk].level, {}).pop(chunk, None)
+
+    def drop_unless(self, is_seen: Callable[[int], bool]) -> list[ev.Command]:
+        """Chunks that no window reaches any more are left as they are. A followed plan says itself what is refined."""
+        commands: list[ev.Command] = []
+        for index, log in self._on_their_way():
+            if index not in self._due and not is_seen(index):
+                commands.append(self._withdraw(index, log))
+        for chunks in self._raisable.values():
+            for chunk in [chunk for chunk in chunks if not is_seen(chunk)]:
+                del chunks[chunk]
+        return commands
 
     def follow(self, steps: Sequence[ReplayStep]) -> None:
         """Ask for exactly these from now on."""
@@ -155,12 +166,15 @@ class Upgrades:
         commands: list[ev.Command] = []
         for index, log in self._on_their_way():
             if index < stop:
-                assert log.source is not None
-                commands.append(ev.Withdraw(source=log.source, chunk=index))
-                self._sources[log.source].forget(log.left_bytes)
-                self._end(log)
-                self.add(index)
+                commands.append(self._withdraw(index, log))
         return commands
+
+    def _withdraw(self, chunk: int, log: ChunkLog) -> ev.Withdraw:
+        assert log.source is not None
+        self._sources[log.source].forget(log.left_bytes)
+        self._end(log)
+        self.add(chunk)
+        return ev.Withdraw(source=log.source, chunk=chunk)
 
     def _on_their_way(self) -> list[tuple[int, ChunkLog]]:
         if not self.num_waiting:

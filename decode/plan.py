@@ -10,7 +10,7 @@ Everything here is closed form, a few microseconds a level: a plan is made at ev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 # A plan that computes has to promise this much over one that only loads: computing takes longer than predicted where
@@ -364,14 +364,19 @@ class _Costs:
 
     def _meeting_point_by_search(self, most: int) -> tuple[int, float]:
         """The same where chunks are of different sizes: computing takes longer with each, loading shorter."""
-        low, high = 0, most  # the first count for which computing takes longer than loading
+        first = self._first_count(most, lambda count: self._outlook.busy_s + self.compute_s(count))
+        return min(((at, self.finish_s(at)) for at in (max(first - 1, 0), first)), key=lambda found: found[1])
+
+    def _first_count(self, most: int, limit_s: Callable[[int], float]) -> int:
+        """The first count that is finished by a limit that rises with it, at least as fast as computing takes."""
+        low, high = 0, most
         while low < high:
             count = (low + high) // 2
-            if self.finish_s(count) <= self._outlook.busy_s + self.compute_s(count):
+            if self.finish_s(count) <= limit_s(count):
                 high = count
             else:
                 low = count + 1
-        return min(((at, self.finish_s(at)) for at in (max(low - 1, 0), low)), key=lambda found: found[1])
+        return low
 
     def _crossing(self, gap_s: float, step_s: float) -> float:
         """m >= 0 with  m (p + q m) + m step = gap."""
@@ -389,7 +394,8 @@ class _Costs:
         if outlook.live or self._rate <= 0:
             return most
         if outlook.left or outlook.again_s:
-            return next((count for count in range(most) if self.finish_s(count) <= budget_s), most)
+            # The first that is loaded in time, or before computing is done: later ones compute longer still.
+            return self._first_count(most, lambda at: max(budget_s, outlook.busy_s + self.compute_s(at)))
         wire_s = outlook.latency_s + (self._bytes + outlook.num_missing * self._size) / self._rate
         left_s = budget_s - self._decode_s
         by_wire = (wire_s - left_s) * self._rate / self._size

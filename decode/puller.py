@@ -160,11 +160,11 @@ class KVPuller:
         if fill is not None:
             self._feed(fill, ev.ChunkComputed(chunk=chunk), now)
 
-    def first_token(self, key: str, now: float) -> None:
-        """The request's first token was drawn."""
+    def first_token(self, key: str, position: int, now: float) -> None:
+        """The request's first token was drawn; it stands at this position."""
         fill = self._fills.get(key)
         if fill is not None:
-            self._feed(fill, ev.FirstToken(), now)
+            self._feed(fill, ev.FirstToken(position=position), now)
 
     def pages_put(self, key: str, pages: NewPages, after_tokens: int, now: float) -> None:
         """The engine has copied a better level into the pages."""

@@ -28,6 +28,14 @@ class WindowChunks:
             tuple(at for at, window in enumerate(windows) if window is None or window >= size) for size in self._sizes
         ]
         self._beyond.append(tuple(at for at, window in enumerate(windows) if window is None))
+        # What a chunk's first query sees of the chunk before it, of the one before that, and so on. Beyond, layers that
+        # see all are left, and these are never left out.
+        reach = -(-self._sizes[-1] // chunk_tokens) if self._sizes else 0
+        every = range(self._num_layers)
+        self._seen_back = [
+            frozenset(every if seen is None else seen)
+            for seen in (self.seen(0, back * chunk_tokens) for back in range(1, reach + 1))
+        ]
 
     @property
     def has_windows(self) -> bool:
@@ -60,17 +68,13 @@ class WindowChunks:
     def lacking(self, chunk: int, parts: Mapping[int, tuple[int, ...]]) -> list[int]:
         """The chunks before this one that may not be computed on: they lack a layer that its first query sees. parts:
         the layers that are there of chunks of which some are not."""
-        if not parts:
-            return []
-        reach = -(-self._sizes[-1] // self._chunk_tokens)
-        first_query = chunk * self._chunk_tokens
         found = []
-        for before in range(max(0, chunk - reach), chunk):
-            if before in parts:
-                seen = self.seen(before, first_query)
-                if seen is None or not set(seen).issubset(parts[before]):
+        if parts:
+            for before, seen in zip(range(chunk - 1, -1, -1), self._seen_back, strict=False):
+                part = parts.get(before)
+                if part is not None and (len(part) < len(seen) or not seen.issubset(part)):
                     found.append(before)
-        return found
+        return found[::-1]
 
     def again(self, chunks: Iterable[int], parts: Mapping[int, tuple[int, ...]]) -> set[int]:
         """All chunks in place that have to be computed again if these are computed."""

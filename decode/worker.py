@@ -446,7 +446,7 @@ class DecodeWorker:
             if timeline.filled_at is not None:
                 self._compute.observe_tail(state.tail_start, state.fill_tokens, now - timeline.filled_at)
             state.first_fill, state.first_sources = state.fill, state.sources
-        self._puller.first_token(sequence.key, now)
+        self._puller.first_token(sequence.key, state.fill_tokens, now)
         self._holders.filled(sequence.key)
         self._holders.admit(now)  # those that waited for its pages
 

@@ -140,3 +140,25 @@ def test_refinements_name_the_layers_of_what_they_refine() -> None:
     assert {command.chunk for command in finer} == set(range(16))
     assert all(split_part(command.level)[1] == base[command.chunk] for command in finer)
     assert {log.level for log in world.machine.chunks} == {"q1"}
+
+
+def test_chunks_that_windows_have_left_are_not_refined() -> None:
+    """The answer moves the window: what is out of it by then is left as it is."""
+    world = World(
+        rate=lambda now: (10 if now < 0.1 else 0.01) * MBIT, windows=MISTRAL, num_chunks=16, levels=("q3",),
+        refine_levels=("q1", "q2", "q3"), may_compute=False, token_every_s=0.01,
+    )  # fmt: skip
+    machine = world.run()
+    refined = {index for index, log in enumerate(machine.chunks) if log.refinements}
+    assert refined and not refined & set(range(13)) and refined < {13, 14, 15}
+    # Each step takes seconds, in which hundreds of tokens are drawn.
+    assert all(machine.chunks[index].level == "q3" for index in {13, 14, 15} - refined)
+
+
+@pytest.mark.parametrize("windows", [GEMMA, MISTRAL])
+@pytest.mark.parametrize("stored", [True, False])
+def test_a_link_that_becomes_a_trickle_does_not_hold_the_request(windows: tuple[int | None, ...], stored: bool) -> None:
+    """Also where that means to compute again what lies below in part."""
+    drops = lambda now: (50 if now < 0.4 else 0.01) * MBIT  # noqa: E731
+    world = ran(rate=drops, windows=windows, num_chunks=16, levels=("lossless",), stored=stored)
+    assert world.ready_at is not None and world.ready_at < 0.4 + 16 * 256 * world.token_s + 1.5

@@ -157,7 +157,8 @@ class World:
                         pipe.sending = None
                         self._send_next(command.source)
                 case ev.Decode():
-                    self.decoder_free_at = max(self.decoder_free_at, self.now) + self.decode_s  # one decoder thread
+                    share = 1.0 if command.layers is None else len(command.layers) / len(self.windows)
+                    self.decoder_free_at = max(self.decoder_free_at, self.now) + share * self.decode_s  # one thread
                     self.at(self.decoder_free_at - self.now, self._decoded(command))
                 case ev.Refine():
                     self.decoder_free_at = max(self.decoder_free_at, self.now) + self.decode_s
@@ -175,7 +176,7 @@ class World:
                     assert all(log.state is ChunkState.FILLED for log in self.machine.chunks)
                     assert self.ready_at is None
                     self.ready_at = self.now
-                    self.at(self.tail_s, ev.FirstToken())
+                    self.at(self.tail_s, ev.FirstToken(position=self.num_chunks * self.chunk_tokens + 1))
                 case ev.Fail():
                     pass
 
@@ -193,7 +194,8 @@ class World:
             self.layers[command.chunk] = set(every if command.layers is None else command.layers)
             if command.layers != ():
                 assert len(command.blob) == self.size(part_name(command.level, command.layers))
-            self.tell(ev.BlobDecoded(chunk=command.chunk, seconds=self.decode_s))
+            share = self.machine.chunks[command.chunk].share
+            self.tell(ev.BlobDecoded(chunk=command.chunk, seconds=share * self.decode_s))
 
         return done
 
