@@ -15,6 +15,8 @@ from pair import Gate, Pair, around, on_thread, until
 from codec.profile import default_profile
 from decode.slo import SLOPolicy
 from prefill.block_pool import BlockPool
+from prefill.chunk_levels import ChunkLevels
+from prefill.chunks import split_part
 from prefill.engine import Engine
 from prefill.kv_pool import KVPool
 from prefill.model import wrap_model
@@ -186,6 +188,27 @@ def test_refinements_are_of_the_layers_that_were_sent(family: str) -> None:
         assert receipt["bytes"] + receipt["refined_bytes"] <= receipt["received_bytes"]
         again, _ = pair.ask(tokens, max_tokens=400, plan=receipt["plan"])
         assert again == asking.tokens
+        pair.check()
+
+
+@pytest.mark.parametrize("wrong", ["/3", "/1", "", "?"])
+def test_a_source_that_sends_other_layers_than_asked_is_found_out(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too many, too few, all of them, and no blob: the prompt is computed."""
+    original = ChunkLevels.blob
+
+    def other(self: ChunkLevels, key: bytes, name: str, **options: Any) -> bytes | None:
+        level, layers = split_part(name)
+        if layers is None:
+            return original(self, key, name, **options)
+        return b"?" * 200 if wrong == "?" else original(self, key, level + wrong, **options)
+
+    monkeypatch.setattr(ChunkLevels, "blob", other)
+    policy = SLOPolicy(ttft_s=20.0, levels=("raw",), floor="raw", link_prior_bps=1e10)
+    with window_pair("gemma3", policy=policy) as pair:
+        tokens = prompt(13)
+        found, receipt = pair.ask(tokens)
+        assert found == pair.reference(tokens, 8)
+        assert receipt["recomputed_chunks"] and any("bad blob" in reason["what"] for reason in receipt["reasons"])
         pair.check()
 
 

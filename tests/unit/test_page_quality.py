@@ -177,3 +177,13 @@ class Pages(RuleBasedStateMachine):
 
 Pages.TestCase.settings = settings(max_examples=150, stateful_step_count=30)
 TestPages = Pages.TestCase
+
+
+def test_a_block_that_lacks_layers_is_known_until_it_is_filled_anew(pages: PageQuality) -> None:
+    pages.filled([1, 2, 3], 0.0, is_whole=False)
+    pages.filled([4], 0.0)
+    assert not pages.is_whole([4, 1]) and pages.is_whole([4]) and pages.is_whole([])
+    assert pages.meets([1, 2, 3], 0.0), "whoever has it lacks nothing that it needs"
+    pages.filled([1], 0.1)
+    pages.released([2])
+    assert pages.is_whole([1, 2]) and not pages.is_whole([3])

@@ -214,3 +214,36 @@ def test_pages_that_are_given_away_lose_their_tags() -> None:
     compute(pages, other, 120)
     assert pages.worst_kl(other.blocks, 0, 120) == 0.0
     pages.check_integrity([other.blocks])
+
+
+def test_pages_that_lack_layers_are_not_shared_nor_what_follows_them() -> None:
+    pages = tagged_pages()
+    tokens = list(range(5 * CHUNK))
+    table = begin(pages, tokens)
+    pages.loaded(table.blocks, 0, CHUNK, "lossless")
+    pages.loaded(table.blocks, CHUNK, 2 * CHUNK, "q3", layers=())  # nobody sees it: no loss
+    pages.loaded(table.blocks, 2 * CHUNK, 3 * CHUNK, "lossless", layers=(1,))
+    pages.share(table, 3 * CHUNK)
+    pages.computed(table.blocks, 3 * CHUNK, 5 * CHUNK)
+    pages.share(table, 5 * CHUNK)
+    assert pages.worst_kl(table.blocks, 0, 5 * CHUNK) == 0.0
+    whole = [pages.is_whole(table.blocks, at * CHUNK, (at + 1) * CHUNK) for at in range(5)]
+    assert whole == [True, False, False, True, True]
+    other = begin(pages, tokens)
+    assert other.cached_tokens == CHUNK and table.num_known * 16 == CHUNK
+    # Computed there, they are whole, and found by the next.
+    compute(pages, other, 5 * CHUNK)
+    third = begin(pages, [*tokens, 7])
+    assert third.cached_tokens == 5 * CHUNK
+    for held in (table, other, third):
+        pages.release(held)
+    pages.check_integrity([])
+
+
+def test_what_is_discarded_has_no_tag_and_what_is_computed_there_is_exact() -> None:
+    pages = tagged_pages()
+    table = begin(pages, list(range(2 * CHUNK)))
+    pages.loaded(table.blocks, 0, CHUNK, "q3", layers=(1,))
+    pages.discarded(table.blocks, 0, CHUNK)
+    pages.computed(table.blocks, 0, CHUNK)
+    assert pages.worst_kl(table.blocks, 0, CHUNK) == 0.0 and pages.is_whole(table.blocks, 0, CHUNK)
