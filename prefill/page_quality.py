@@ -8,8 +8,8 @@ loss, kept apart because they end differently:
 
 The block's tag is the worse of the two. Blocks that hold nothing have none: to ask for it is a bug of ours.
 
-Apart from that a block may lack layers that its sequence does not need (sliding windows). That is no loss to anybody
-who has it, but nobody else may have it.
+Apart from that a block may lack layers (sliding windows) that no query sees from some position of the sequence on. It
+is no loss to who computes nothing before that position, and of no use to anybody else.
 """
 
 from __future__ import annotations
@@ -28,14 +28,17 @@ class PageQuality:
     def __init__(self) -> None:
         self._own: dict[int, float] = {}
         self._inherited: dict[int, float] = {}
-        self._in_part: set[int] = set()
+        self._whole_from: dict[int, int] = {}  # by block, where that is not 0
 
-    def filled(self, blocks: Iterable[int], kl: float, *, is_whole: bool = True) -> None:
-        """All of these blocks was loaded at this quality, whatever was in them before. is_whole: in all layers."""
-        assert kl >= 0, kl
+    def filled(self, blocks: Iterable[int], kl: float, *, whole_from: int = 0) -> None:
+        """All of these blocks was loaded at this quality, whatever was in them before. whole_from: the first query that
+        sees nothing that is missing; 0: nothing is."""
+        assert kl >= 0 and whole_from >= 0, (kl, whole_from)
         for block in blocks:
             self._own[block], self._inherited[block] = kl, EXACT
-            (self._in_part.discard if is_whole else self._in_part.add)(block)
+            self._whole_from.pop(block, None)
+            if whole_from:
+                self._whole_from[block] = whole_from
 
     def computed(self, blocks: Iterable[int], below: Iterable[int]) -> None:
         """Tokens in these blocks were computed; `below` has all KV that they attended to. A block that already held
@@ -59,7 +62,7 @@ class PageQuality:
         for block in blocks:
             self._own.pop(block, None)
             self._inherited.pop(block, None)
-            self._in_part.discard(block)
+            self._whole_from.pop(block, None)
 
     def forget_unless(self, is_used: Callable[[int], bool]) -> None:
         """`released`, for all blocks that are not in use."""
@@ -74,9 +77,11 @@ class PageQuality:
         assert kl >= 0, kl
         return self.worst(blocks) <= kl
 
-    def is_whole(self, blocks: Iterable[int]) -> bool:
-        """Whether none of these blocks lacks a layer."""
-        return self._in_part.isdisjoint(blocks)
+    def whole_from(self, blocks: Iterable[int]) -> int:
+        """The first query that sees nothing that is missing in these blocks; 0: nothing is."""
+        if not self._whole_from:
+            return 0
+        return max((self._whole_from.get(block, 0) for block in blocks), default=0)
 
     def __len__(self) -> int:
         """How many blocks have a tag."""
@@ -88,7 +93,7 @@ class PageQuality:
 
     def check_integrity(self, pool: BlockPool) -> None:
         """Every tag is a quality, and of a block that is in use."""
-        assert self._own.keys() == self._inherited.keys() >= self._in_part
+        assert self._own.keys() == self._inherited.keys() >= self._whole_from.keys()
         for block in self._own:
             assert self._own[block] >= 0 and self._inherited[block] >= 0, f"block {block} has no quality"
             assert pool.is_used(block), f"block {block} was freed and still has a tag"

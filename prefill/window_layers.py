@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 Windows = Sequence[int | None]
 
@@ -23,6 +23,13 @@ def layers_seen(windows: Windows, start: int, stop: int, *, first_query: int) ->
     """
     assert 0 <= start < stop <= first_query + 1, (start, stop, first_query)
     return tuple(i for i, window in enumerate(windows) if stop > first_key(window, first_query))
+
+
+def whole_from(windows: Windows, stop: int, layers: Collection[int]) -> int:
+    """The first query that sees tokens before `stop` in none but these layers."""
+    missing = [window for layer, window in enumerate(windows) if layer not in layers]
+    assert None not in missing, "a layer that sees everything is missing"
+    return max((stop + window - 1 for window in missing if window is not None), default=0)
 
 
 def layer_runs(layers: Iterable[int]) -> list[tuple[int, int]]:
