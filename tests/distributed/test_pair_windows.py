@@ -178,6 +178,19 @@ def test_prefixes_are_found_where_nothing_that_is_seen_is_missing(family: str) -
 
 
 @pytest.mark.parametrize("family", FAMILIES)
+def test_who_gives_way_and_comes_back_goes_on_as_before(family: str) -> None:
+    """The pages of both do not fit at their ends. Chunks that lack layers are not in the worker's own store."""
+    with window_pair(family, prefix_caching=True, store=ChunkStore(64 << 20)) as pair:
+        prompts = [prompt(seed) for seed in (20, 21)]
+        answers = pair.ask_all([pair.body(tokens, max_tokens=350) for tokens in prompts])
+        for tokens, (found, receipt) in zip(prompts, answers, strict=True):
+            assert found == pair.reference(tokens, 350)
+            assert receipt["chunks_in_part"] > 0
+        assert sum(receipt["preemptions"] for _, receipt in answers) > 0
+        pair.check()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_refinements_are_of_the_layers_that_were_sent(family: str) -> None:
     coarse_first = SLOPolicy(ttft_s=30.0, ceiling="q3", floor="q3", refine_to="q1", allow_recompute=False)
     with window_pair(family, policy=coarse_first) as pair:
