@@ -292,7 +292,7 @@ class Loader:
         num_left = len(table.missing) + len(table.asked) - num_end
         if not spec.may_compute or (has_hope and spec.max_compute == 0):
             return 0, 0.0
-        most = num_left
+        most = left = num_left
         if has_hope and spec.max_compute is not None:
             left = max(0, spec.max_compute - table.num_computed)
             # A live source computes from the front as well: all or nothing.
@@ -307,6 +307,8 @@ class Loader:
             if able:
                 return able, 0.0
         again = self._windows.again(front, table.parts)
+        if has_hope and spec.max_compute is not None and most + len(again) > left:
+            return 0, 0.0
         return most, sum(self.chunk_compute_s(index, 1) for index in again)
 
     # -- which layers ---------------------------------------------------------------------------------------------

@@ -104,6 +104,17 @@ def test_a_live_link_that_dies_has_in_part_loaded_chunks_computed_again() -> Non
     assert any(isinstance(command, Discard) for _, command in world.log)
 
 
+@pytest.mark.parametrize("stored", [True, False])
+def test_what_is_computed_again_counts_towards_what_may_be_computed(stored: bool) -> None:
+    drops = lambda now: (50 if now < 0.4 else 0.3) * MBIT  # noqa: E731
+    for most in (0, 3, 8, 15):
+        world = ran(
+            rate=drops, windows=MISTRAL, num_chunks=16, levels=("q1",), stored=stored, max_compute=most, token_s=1e-4
+        )
+        computed = [command for _, command in world.log if isinstance(command, Compute)]
+        assert len(computed) <= most, (most, computed)
+
+
 def test_a_hole_in_the_middle_is_computed_on_what_it_sees() -> None:
     """The source has all but chunk 9: what that one sees is loaded whole at once, nothing twice."""
     for windows, whole in ((GEMMA, {6, 7, 8, 13, 14, 15}), (MISTRAL, {6, 7, 8, 13, 14, 15})):
