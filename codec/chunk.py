@@ -15,15 +15,15 @@ import torch
 
 from codec import bitstream
 from codec.bitstream import BlobInfo
-from codec.cut import cut_chunk, level_sizes, refine_chunk, refinement_of
+from codec.cut import cut_chunk, cut_layers, level_sizes, refine_blobs, refine_chunk, refinement_of, split_blobs
 from codec.decode import decode_chunk
 from codec.encode import encode_chunk
 from codec.profile import Profile
 from codec.rope import RopeTable
 
 __all__ = [
-    "BlobInfo", "cut_chunk", "decode_chunk", "encode_chunk", "inspect_blob", "level_sizes", "refine_chunk",
-    "refinement_of", "warmup",
+    "BlobInfo", "cut_chunk", "cut_layers", "decode_chunk", "encode_chunk", "inspect_blob", "level_sizes",
+    "refine_blobs", "refine_chunk", "refinement_of", "split_blobs", "warmup",
 ]  # fmt: skip
 
 

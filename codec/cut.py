@@ -4,11 +4,18 @@
     rest = refinement_of(blob, profile=profile, have="q3")          # what small lacks
     assert refine_chunk(small, rest) == blob
 
+Layers that are no neighbours travel as several blobs, one behind another, in ascending order:
+
+    some = cut_layers(blob, profile=profile, layers=[(1, 2), (3, 6)], level="q3")
+    first, second = split_blobs(some)
+
 Everything that is used is checked first, so a damaged blob cannot be cut into one with good checksums.
 """
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -16,7 +23,7 @@ import numpy as np
 from codec import bitstream
 from codec.bitstream import Array, BlobInfo, Range
 from codec.decode import check_profile
-from codec.errors import CodecError, MalformedBlob, WrongRefinement
+from codec.errors import CodecError, MalformedBlob, TruncatedBlob, WrongRefinement
 from codec.levels import LevelKind
 from codec.profile import Profile
 from codec.tensor_rows import ranges_of
@@ -31,7 +38,12 @@ def cut_chunk(
 
     Raises BlobError subclasses, UnknownLevel, and CodecError if the blob has less than what is asked for.
     """
-    view, info = _open(blob, profile)
+    return _cut(*_open(blob, profile), profile, level, layers, heads)
+
+
+def _cut(
+    view: memoryview, info: BlobInfo, profile: Profile, level: str | None, layers: Range | None, heads: Range | None
+) -> bytes:
     part = ranges_of(layers, heads, (info.layers, info.heads))
     name = level or info.level
     spec = profile.level(name)
@@ -105,6 +117,42 @@ def refine_chunk(coarse: Blob, refinement: Blob) -> bytes:
     directories = [bitstream.parse_directory(view, info) for view, info in zip(views, infos, strict=True)]
     entries = np.concatenate([directory.entries for directory in directories])
     return bitstream.assemble(joined, entries, [bitstream.bytes_of(directory.words) for directory in directories])
+
+
+def cut_layers(
+    blob: Blob, *, profile: Profile, layers: Sequence[Range], level: str | None = None, have: str | None = None
+) -> bytes:
+    """Several ranges of layers of a whole blob, at `level` or as what a holder of the same layers at `have` lacks of
+    it: a blob for each, one behind another. Raises as cut_chunk and refinement_of."""
+    view, info = _open(blob, profile)
+    if not layers or any(a[1] >= b[0] for a, b in itertools.pairwise(layers)):
+        raise CodecError(f"layers {list(layers)} are no ascending ranges with gaps between them")
+    parts = []
+    for run in layers:
+        # The refinement names the encoding that it goes behind, which is that of these layers alone.
+        part = _cut(view, info, profile, None if have is not None else level, run, None)
+        parts.append(part if have is None else refinement_of(part, profile=profile, have=have, level=level))
+    return b"".join(parts)
+
+
+def split_blobs(blobs: Blob) -> list[memoryview]:
+    """The blobs that stand one behind another. Headers are checked, contents are not. Raises BlobError subclasses."""
+    view, found = memoryview(blobs).cast("B"), []
+    while view.nbytes:
+        size = bitstream.parse_header(view).total_bytes
+        if size > view.nbytes:
+            raise TruncatedBlob(f"{view.nbytes} bytes are left, the header says {size}; ask for the chunk again")
+        found.append(view[:size])
+        view = view[size:]
+    return found
+
+
+def refine_blobs(coarse: Blob, refinement: Blob) -> bytes:
+    """refine_chunk for blobs one behind another, of which each has its refinement. Raises as refine_chunk."""
+    pairs = split_blobs(coarse), split_blobs(refinement)
+    if len(pairs[0]) != len(pairs[1]):
+        raise WrongRefinement(f"{len(pairs[1])} refinements do not fit {len(pairs[0])} blobs")
+    return b"".join([refine_chunk(one, rest) for one, rest in zip(*pairs, strict=True)])
 
 
 def _open(blob: Blob, profile: Profile) -> tuple[memoryview, BlobInfo]:

@@ -18,7 +18,8 @@ AUTO, TEXT_ONLY = "auto", "text"
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkerLimits:
     """What one worker can hold. chunk_bytes: predicted bytes of one encoded chunk by level, for all known levels, best
-    first; nested: those of them that refine one another; exact: those that lose nothing."""
+    first; nested: those of them that refine one another; exact: those that lose nothing. windows: of the layers, where
+    only what they see is to be loaded; empty: all is."""
 
     max_context: int
     vocab_size: int
@@ -28,6 +29,7 @@ class WorkerLimits:
     chunk_bytes: Mapping[str, float]
     nested: frozenset[str] = frozenset()
     exact: frozenset[str] = frozenset()
+    windows: tuple[int | None, ...] = ()
 
 
 def check_request(request: GenerationRequest, limits: WorkerLimits) -> None:
@@ -106,6 +108,7 @@ def fill_orders(
         cached_tokens=cached_tokens,
         may_load=has_source and num_chunks * limits.chunk_tokens > cached_tokens,
         infeasible=policy.infeasible,
+        windows=limits.windows,
     )
     if request.plan is not None and not request.sampling.needs_whole_prompt:
         return _given_orders(orders, request, policy, known)

@@ -16,9 +16,10 @@ from typing import Any
 
 from torch import Tensor
 
-from codec.chunk import inspect_blob, refine_chunk
+from codec.chunk import inspect_blob, refine_blobs, refine_chunk, split_blobs
 from codec.errors import CodecError, MalformedBlob
 from decode import fill_events as ev
+from decode.window_chunks import Layers
 from prefill.runtime import ModelRuntime
 
 log = logging.getLogger("kvstream.decode")
@@ -132,17 +133,20 @@ class BlobDecoder:
         command, size = job.command, job.stop - job.start
         blob = command.blob
         if isinstance(command, ev.Refine) and command.coarse is not None:
-            blob = refine_chunk(command.coarse, command.blob)
-        info = inspect_blob(blob)
-        if (info.level, info.num_tokens) != (command.level, size):
-            found = f"{info.num_tokens} tokens at level {info.level!r}"
-            raise MalformedBlob(f"expected {size} tokens at level {command.level!r}, found {found}")
+            refine = refine_chunk if command.layers is None else refine_blobs
+            blob = refine(command.coarse, command.blob)
+        for part in [blob] if command.layers is None else split_blobs(blob):
+            info = inspect_blob(part)
+            if (info.level, info.num_tokens) != (command.level, size):
+                found = f"{info.num_tokens} tokens at level {info.level!r}"
+                raise MalformedBlob(f"expected {size} tokens at level {command.level!r}, found {found}")
         if isinstance(command, ev.Decode):
-            self._runtime.decode_into_pages(
-                blob, job.block_table, start=job.start, stop=job.stop, keep=job.cached_tokens
-            )
+            self._into_pages(blob, job, command.layers)
             return None
-        k, v = self._runtime.decode(blob, start=job.start, stop=job.stop)
+        if command.layers is None:
+            k, v = self._runtime.decode(blob, start=job.start, stop=job.stop)
+        else:
+            k, v = self._runtime.decode_layers(blob, command.layers, start=job.start, stop=job.stop)
         kept = max(0, job.cached_tokens - job.start)
         return NewPages(
             chunk=command.chunk,
@@ -155,3 +159,10 @@ class BlobDecoder:
             blob=blob,
             seconds=time.monotonic() - begin,
         )
+
+    def _into_pages(self, blob: Any, job: Job, layers: Layers) -> None:
+        table, start, stop, keep = job.block_table, job.start, job.stop, job.cached_tokens
+        if layers is None:
+            self._runtime.decode_into_pages(blob, table, start=start, stop=stop, keep=keep)
+        else:
+            self._runtime.decode_layers_into_pages(blob, layers, table, start=start, stop=stop, keep=keep)

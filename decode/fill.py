@@ -9,6 +9,7 @@ decode/plan.py chooses levels and the meeting point, decode/refine.py the refine
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from decode import fill_events as ev
 from decode.estimator import CodecEstimator, ComputeEstimator
@@ -20,6 +21,7 @@ from decode.fill_upgrades import Upgrades
 from decode.link_scheduler import Kind, LinkShare
 from decode.plan import Plan, choose
 from decode.refine import UNLIMITED, Ladder
+from prefill.chunks import part_name
 
 MAX_BAD_BLOBS = 3  # of one source
 # Parts come by the thousand on a fast link and change little; whole blobs and all else lead to a new plan at once.
@@ -56,6 +58,7 @@ class FillMachine:
         self.reasons: list[tuple[float, str]] = []
         self.plan: Plan | None = None
         self.ready = self.done = self._has_first_token = False
+        self._first_token_at = 0
         self.received_bytes = 0  # all that came over the links, also what was not used in the end
         self.num_decisions = 0
         self.wake_at: float | None = None
@@ -90,8 +93,12 @@ class FillMachine:
             case ev.BlobRejected():
                 self._reject(event.chunk, event.reason, now)
             case ev.Refined():
-                self._codec.observe(self.chunks[event.chunk].upgrade, event.seconds)
+                log = self.chunks[event.chunk]
+                self._codec.observe(log.upgrade, event.seconds / log.share)
                 self.upgrades.refined(event, now)
+                if self._has_first_token:
+                    position = self._first_token_at + event.after_tokens - 1
+                    commands += self.upgrades.drop_unless(lambda chunk: self.loader.is_seen(chunk, position))
             case ev.RefinementRejected():
                 self._note(now, f"chunk {event.chunk}: not refined ({event.reason})")
                 self.upgrades.failed(event.chunk)
@@ -104,7 +111,8 @@ class FillMachine:
             case ev.SourceLost():
                 self._on_lost(self.sources[event.source], event.reason, now, is_final=event.is_final)
             case ev.FirstToken():
-                self._has_first_token = True
+                self._has_first_token, self._first_token_at = True, event.position
+                commands += self.upgrades.drop_unless(lambda chunk: self.loader.is_seen(chunk, event.position))
             case ev.Tick():
                 if not self._is_due(now):
                     return []
@@ -134,6 +142,8 @@ class FillMachine:
     def base_kl(self, chunk: int) -> float:
         """The promise of the KV that a loaded chunk was encoded from."""
         log = self.chunks[chunk]
+        if log.layers == ():
+            return 0.0  # nothing of it was loaded
         assert log.source is not None
         kls = self.sources[log.source].kl
         return kls[chunk] if kls else 0.0
@@ -193,15 +203,17 @@ class FillMachine:
             return []  # computed in the meantime; the withdrawal crossed it
         self.sources[event.source].forget(log.left_bytes)
         self.table.move(event.chunk, ChunkState.DECODING)
-        if event.level not in self.spec.chunk_bytes or event.level not in self._acceptable(event.chunk):
+        acceptable = (level for level in self._acceptable(event.chunk) if level in self.spec.chunk_bytes)
+        level = next((level for level in acceptable if part_name(level, log.layers) == event.level), None)
+        if level is None:
             self._reject(event.chunk, f"level {event.level!r} was not asked for", now)
             return []
-        log.level, log.bytes, log.arrived_at = event.level, len(event.blob), now
-        log.blob = event.blob if event.level in self.spec.nested else None  # else no refinement continues it
+        log.level, log.bytes, log.arrived_at = level, len(event.blob), now
+        log.blob = event.blob if level in self.spec.nested else None  # else no refinement continues it
         # What really came is the best prediction for the next chunk of that level.
         sizes = self.loader.chunk_bytes
-        sizes[event.level] += 0.5 * (len(event.blob) - sizes[event.level])
-        return [ev.Decode(chunk=event.chunk, level=event.level, blob=event.blob)]
+        sizes[level] += 0.5 * (len(event.blob) / log.share - sizes[level])
+        return [ev.Decode(chunk=event.chunk, level=level, blob=event.blob, layers=log.layers)]
 
     def _acceptable(self, chunk: int) -> Sequence[str]:
         return self.spec.levels if self.spec.replay is None else (self.spec.replay.levels[chunk],)
@@ -209,9 +221,10 @@ class FillMachine:
     def _on_decoded(self, event: ev.BlobDecoded, now: float) -> None:
         log = self.chunks[event.chunk]
         log.decode_s = event.seconds
-        self._codec.observe(log.level, event.seconds)
         self._fill(event.chunk, now)
-        self.upgrades.add(event.chunk)
+        if log.layers != ():
+            self._codec.observe(log.level, event.seconds / log.share)
+            self.upgrades.add(event.chunk)
 
     def _fill(self, chunk: int, now: float) -> None:
         self.table.move(chunk, ChunkState.FILLED).filled_at = now
@@ -299,7 +312,8 @@ class FillMachine:
         has_hope = any(source.is_hoped_for for source in self.sources)
         outlook = loader.outlook(now, self._load())
         if outlook.bytes_per_s <= 0 and not outlook.max_compute:
-            return []  # a source may come back; until then there is nothing to choose
+            # A source may come back; until then there is nothing to choose.
+            return self._compute(now, is_wanted=False)
         plan = choose(spec.levels, outlook, loader.budget_s(now), current=self.plan)
         if has_hope and not loader.has_opened and not plan.compute_chunks:
             return []  # nothing to do before the source answers, unless the link is known to be slow
@@ -321,6 +335,9 @@ class FillMachine:
         commands = self._compute(now, is_wanted=plan.compute_chunks > 0)
         if self.done:
             return commands
+        num_again = sum(isinstance(command, ev.Discard) for command in commands)
+        if num_again and plan.compute_chunks:
+            plan = replace(plan, compute_chunks=plan.compute_chunks + num_again)
         commands += loader.commands(plan, now)
         for index in loader.given_up:
             self._note(now, f"chunk {index}: given up, asked for anew at {self.chunks[index].asked_levels[-1]}")
@@ -343,6 +360,14 @@ class FillMachine:
         commands += self.upgrades.recall(frontier)
         if self.upgrades.num_waiting and any(log.upgrade for log in self.chunks[:frontier]):
             return commands  # being decoded
+        lacking = self.loader.lacking(frontier)
+        if lacking:
+            for index in lacking:
+                self.upgrades.forget(index)
+                self.table.reopen(index)
+                commands.append(ev.Discard(chunk=index))
+            self._note(now, f"chunks {lacking}: had anew, chunk {frontier} needs layers that were not loaded")
+            return commands + self._compute(now, is_wanted=is_wanted)
         self.table.move(frontier, ChunkState.COMPUTING).compute_at = now
         return [*commands, ev.Compute(chunk=frontier)]
 
@@ -428,7 +453,7 @@ class FillMachine:
         """What other transfers over the same links have to reckon with."""
         opened = [source for source in self.sources if source.is_open]
         level = self.spec.levels[-1] if self.spec.levels else ""
-        missing_bytes = len(self.table.missing) * self.loader.chunk_bytes.get(level, 0.0) / max(len(opened), 1)
+        missing_bytes = self.loader.num_missing() * self.loader.chunk_bytes.get(level, 0.0) / max(len(opened), 1)
         for source in self.sources:
             share = source.share
             share.base_bytes = share.refine_bytes = 0.0

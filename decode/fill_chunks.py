@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from decode.window_chunks import Layers
+
 TEXT = "text"  # how a computed chunk is named among the levels
 CACHED = "cached"  # and one whose KV was in the pages before
 MAX_ASKED_LEVELS = 16  # of one chunk, kept for the receipt; an unsteady link may amend a request hundreds of times
@@ -37,7 +39,8 @@ class Refinement:
 class ChunkLog:
     """What happened to one chunk; times are seconds on the worker's clock.
 
-    level: what its pages hold. first_level: what they held when the first token was computed. blob: the encoded chunk,
+    level: what its pages hold. first_level: what they held when the first token was computed. layers: those that are
+    loaded, see decode/window_chunks.py (None: all), and `share`, what that is of the whole. blob: the encoded chunk,
     kept as long as it may be refined. upgrade: the level that is asked for or being decoded on top, "" if none.
     """
 
@@ -45,6 +48,8 @@ class ChunkLog:
     level: str = ""
     first_level: str = ""
     source: int | None = None
+    layers: Layers = None
+    share: float = 1.0
     asked_levels: list[str] = field(default_factory=list)
     anew_level: str = ""  # of the last request that was no amendment
     bytes: int = 0
@@ -79,6 +84,7 @@ class ChunkTable:
         self.computing: int | None = None
         self.levels: Counter[str] = Counter()  # of the loaded chunks that are in place
         self.decoding: dict[int, None] = {}  # here, and not yet in the pages
+        self.parts: dict[int, tuple[int, ...]] = {}  # the layers that are here of chunks of which some are not
         self.frontier = num_cached  # the first chunk that is not filled
         self.num_computed = 0  # with the one being computed
         self.last_computed = -1
@@ -106,13 +112,17 @@ class ChunkTable:
         match state:
             case ChunkState.MISSING:
                 bisect.insort(self.missing, index)
+                self.parts.pop(index, None)
             case ChunkState.ASKED:
                 self.asked[index] = None
             case ChunkState.DECODING:
                 self.decoding[index] = None
+                if log.layers is not None:
+                    self.parts[index] = log.layers
             case ChunkState.COMPUTING:
                 assert self.computing is None and index == self.frontier
                 self.computing = self.last_computed = index
+                log.layers, log.share = None, 1.0
                 self.num_computed += 1
             case ChunkState.FILLED:
                 if log.level != TEXT:
@@ -121,6 +131,22 @@ class ChunkTable:
                 while self.frontier < len(self.logs) and self.logs[self.frontier].state is ChunkState.FILLED:
                     self.frontier += 1
         return log
+
+    def reopen(self, index: int) -> None:
+        """Give up a loaded chunk that is in place."""
+        log = self.logs[index]
+        assert log.state is ChunkState.FILLED and log.level not in (TEXT, CACHED) and not log.upgrade, log
+        self.levels[log.level] -= 1
+        self.parts.pop(index, None)
+        log.state, log.level, log.blob, log.filled_at = ChunkState.MISSING, "", None, None
+        log.first_part_at = log.arrived_at = log.decode_s = None
+        log.refinements.clear()
+        bisect.insort(self.missing, index)
+        self.frontier = min(self.frontier, index)
+        loaded = (
+            at for at, log in enumerate(self.logs) if log.state is ChunkState.FILLED and log.level not in (TEXT, CACHED)
+        )
+        self.first_loaded = min(loaded, default=len(self.logs))
 
     @property
     def is_filled(self) -> bool:
@@ -141,5 +167,12 @@ class ChunkTable:
             (ChunkState.COMPUTING, [self.computing] if self.computing is not None else []),
         ):
             assert found == [i for i, log in enumerate(self.logs) if log.state is state], state
+        here = (ChunkState.DECODING, ChunkState.FILLED)
+        parts = {
+            i: log.layers
+            for i, log in enumerate(self.logs)
+            if log.state in here and log.level not in (TEXT, CACHED) and log.layers is not None
+        }
+        assert parts == self.parts
         assert sorted(self.decoding) == [i for i, log in enumerate(self.logs) if log.state is ChunkState.DECODING]
         assert all(log.state is ChunkState.FILLED for log in self.logs[: self.frontier])

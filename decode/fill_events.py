@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from decode.link_scheduler import Kind
+from decode.window_chunks import Layers
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,7 +109,9 @@ class SourceLost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FirstToken:
-    """It was drawn: what is refined from now on takes no core from the tail."""
+    """It was drawn: what is refined from now on takes no core from the tail. position: its own, the next query's."""
+
+    position: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,11 +150,13 @@ class Withdraw:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Decode:
-    """Check the blob and decode it into the chunk's pages: BlobDecoded or BlobRejected follows."""
+    """Check the blob and decode it into the chunk's pages: BlobDecoded or BlobRejected follows. layers: those that it
+    has (None: all), each run of neighbours a blob of its own; the others' pages become zeros. There may be none."""
 
     chunk: int
     level: str
     blob: Any
+    layers: Layers = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,18 +164,26 @@ class Refine:
     """Put a better level into the pages, between two steps of the engine: Refined or RefinementRejected follows.
 
     coarse: the blob that `blob` refines; None if `blob` is whole. after_tokens: not before so many tokens were sampled,
-    and not after (a plan that is followed); None: at once.
+    and not after (a plan that is followed); None: at once. layers: as for Decode.
     """
 
     chunk: int
     level: str
     blob: Any
     coarse: Any = None
+    layers: Layers = None
     after_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Compute:
+    chunk: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Discard:
+    """What was loaded of this chunk is not used: layers are missing that are needed after all. It is had anew."""
+
     chunk: int
 
 
@@ -186,4 +199,4 @@ class Fail:
     status: int = 502
 
 
-Command = Open | Ask | Withdraw | Decode | Refine | Compute | Ready | Fail
+Command = Open | Ask | Withdraw | Decode | Refine | Compute | Discard | Ready | Fail

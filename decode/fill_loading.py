@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from decode import fill_events as ev
 from decode.estimator import CodecEstimator, ComputeEstimator
-from decode.fill_chunks import MAX_ASKED_LEVELS, ChunkState, ChunkTable
+from decode.fill_chunks import MAX_ASKED_LEVELS, TEXT, ChunkState, ChunkTable
 from decode.fill_sources import FillSource
 from decode.fill_upgrades import Upgrades
 from decode.link_scheduler import Kind
 from decode.plan import REASK, Outlook, Plan
 from decode.refine import Ladder, RefineBudget
 from decode.replay import Replay
+from decode.window_chunks import Layers, WindowChunks
+from prefill.chunks import part_name
+from prefill.window_layers import Windows
 
 # The share of the time left that plans may use. The doubts about link and tail have margins of their own; this is for
 # what nobody predicts.
@@ -48,6 +53,7 @@ class FillSpec:
     may_load: whether sources are of use. may_compute: whether chunks may be computed; max_compute: how many of them
     while a source can be had (None: all).
     infeasible: what to do when the floor cannot be in time, see SLOPolicy. replay: a plan to be followed instead.
+    windows [L]: of the layers, for which only what they see is loaded (see decode/window_chunks.py); empty: none.
     """
 
     num_chunks: int
@@ -65,6 +71,7 @@ class FillSpec:
     refine_levels: tuple[str, ...] = ()
     infeasible: str = "best_effort"
     replay: Replay | None = None
+    windows: Windows = ()
 
     @property
     def num_cached(self) -> int:
@@ -93,7 +100,9 @@ class Loader:
         self.spec = spec
         self.live = False
         self.has_opened = False
+        self._windows = WindowChunks(spec.windows, chunk_tokens=spec.chunk_tokens, num_chunks=spec.num_chunks)
         self.chunk_bytes = dict(spec.chunk_bytes)
+        self._for_tail = self._windows.to_load(lambda chunk, is_seen: False)
         self._end_s = 0.0  # computing what no source can give, behind all that one can
         self.given_up: list[int] = []  # chunks on their way that the last commands asked for anew
         self._table, self._sources = table, sources
@@ -114,8 +123,10 @@ class Loader:
     def see_whether_live(self) -> None:
         """Whether some chunk is stored nowhere, so that a source has to compute it, and one would."""
         opened = [source for source in self._sources if source.is_open]
+        layers = self._to_load()
         self.live = any(
-            all(source.stored[index] is None for source in opened)
+            layers[index] != ()
+            and all(source.stored[index] is None for source in opened)
             and any(index not in source.refused for source in opened)
             for index in range(self.spec.num_cached, self.spec.num_chunks)
         )
@@ -204,12 +215,12 @@ class Loader:
             busy_s += max(0.0, load.factor * self.chunk_compute_s(table.computing, 1) - (now - started))
         num_end = self._look_at_end()
         first = min([*table.missing[:1], *table.asked], default=table.frontier)
-        num_left = len(table.missing) + len(table.asked) - num_end
+        max_compute, again_s = self._max_compute(num_end, has_hope=any(s.is_hoped_for for s in self._sources))
         per_chunk_s, growth_s = self._compute.line(first * spec.chunk_tokens, spec.chunk_tokens)
         budget_s = self.budget_s(now)
-        has_hope = any(source.is_hoped_for for source in self._sources)
         return Outlook(
             num_missing=len(table.missing) + len(standing) - num_end,
+            left=self._left(standing, num_end),
             in_flight_bytes=[table.logs[index].left_bytes for index in in_flight],
             chunk_bytes=self.chunk_bytes,
             bytes_per_s=self._rate_of(able, now),
@@ -219,9 +230,12 @@ class Loader:
             decode_s=self._codec.by_level(spec.levels),
             compute_s=load.factor * per_chunk_s,
             compute_growth_s=load.factor * growth_s,
-            max_compute=self._max_compute(num_left) if has_hope else num_left * spec.may_compute,
+            max_compute=max_compute,
+            again_s=again_s,
             queue_s=self.queue_s(),
-            in_flight_decode_s=sum([self._codec.seconds(table.logs[index].asked_levels[-1]) for index in in_flight]),
+            in_flight_decode_s=sum(
+                [self._codec.seconds(table.logs[at].asked_levels[-1]) * table.logs[at].share for at in in_flight]
+            ),
             busy_s=busy_s,
             num_others=load.num_others,
             source_s=self._live_source_s(now) if self.live else 0.0,
@@ -244,29 +258,90 @@ class Loader:
         self._end_s = self.chunk_compute_s(missing[-count], count) if count else 0.0
         return count
 
-    def _in_place(self, in_flight: Sequence[int]) -> Mapping[str, int]:
+    def _left(self, standing: Collection[int], num_end: int) -> Sequence[float]:
+        """See Outlook.left."""
+        if not self._windows.has_windows:
+            return ()
+        table, layers = self._table, self._to_load()
+        shares = {index: self._windows.share(layers[index]) for index in table.missing[: len(table.missing) - num_end]}
+        shares.update((index, table.logs[index].share) for index in standing)
+        left = list(itertools.accumulate((shares[index] for index in sorted(shares, reverse=True)), initial=0.0))
+        return left[::-1]
+
+    def _in_place(self, in_flight: Sequence[int]) -> Mapping[str, float]:
         logs, table = self._table.logs, self._table
-        counts = dict(table.levels)
+        counts: dict[str, float] = dict(table.levels)
+        for index in table.parts:
+            if logs[index].state is ChunkState.FILLED:
+                counts[logs[index].level] -= 1 - logs[index].share
         for index in table.decoding:
-            counts[logs[index].level] = counts.get(logs[index].level, 0) + 1
+            counts[logs[index].level] = counts.get(logs[index].level, 0) + logs[index].share
         for index in in_flight:
             level = logs[index].asked_levels[-1]
-            counts[level] = counts.get(level, 0) + 1
+            counts[level] = counts.get(level, 0) + logs[index].share
         return counts
 
     def queue_s(self) -> float:
         """What decoding all that is here takes."""
-        return sum(self._codec.seconds(self._table.logs[index].level) for index in self._table.decoding)
+        logs = self._table.logs
+        return sum(self._codec.seconds(logs[index].level) * logs[index].share for index in self._table.decoding)
 
-    def _max_compute(self, num_left: int) -> int:
-        spec = self.spec
-        if not spec.may_compute or spec.max_compute == 0:
-            return 0
-        if spec.max_compute is None:
-            return num_left
-        left = max(0, spec.max_compute - self._table.num_computed)
-        # A live source computes from the front as well: all or nothing.
-        return min(left, num_left) if not self.live or left >= num_left else 0
+    def _max_compute(self, num_end: int, *, has_hope: bool) -> tuple[int, float]:
+        """How many chunks may be computed, and what has to be computed again for that, in seconds."""
+        spec, table = self.spec, self._table
+        num_left = len(table.missing) + len(table.asked) - num_end
+        if not spec.may_compute or (has_hope and spec.max_compute == 0):
+            return 0, 0.0
+        most = left = num_left
+        if has_hope and spec.max_compute is not None:
+            left = max(0, spec.max_compute - table.num_computed)
+            # A live source computes from the front as well: all or nothing.
+            most = min(left, num_left) if not self.live or left >= num_left else 0
+        if not table.parts or not most:
+            return most, 0.0
+        front = sorted([*table.missing, *table.asked])[:most]
+        if not self.live and has_hope:
+            # Those below the first that needs layers which were not loaded; if that is the very first, all again.
+            below = bisect.bisect_right(front, min(table.parts))
+            able = next((n for n in range(below, most) if self.lacking(front[n])), most)
+            if able:
+                return able, 0.0
+        again = self._windows.again(front, table.parts)
+        if has_hope and spec.max_compute is not None and most + len(again) > left:
+            return 0, 0.0
+        return most, sum(self.chunk_compute_s(index, 1) for index in again)
+
+    # -- which layers ---------------------------------------------------------------------------------------------
+
+    def lacking(self, chunk: int) -> list[int]:
+        """The chunks in place that this one may not be computed on."""
+        return self._windows.lacking(chunk, self._table.parts)
+
+    def is_seen(self, chunk: int, position: int) -> bool:
+        """Whether a query at this position or a later one sees any of it."""
+        return not self._windows.has_windows or self._windows.seen(chunk, position) != ()
+
+    def num_missing(self) -> float:
+        """How many whole chunks what is missing amounts to."""
+        if not self._windows.has_windows:
+            return len(self._table.missing)
+        layers = self._to_load()
+        return sum(self._windows.share(layers[index]) for index in self._table.missing)
+
+    def _to_load(self) -> list[Layers]:
+        if self.spec.replay is None:
+            refused = [source.refused for source in self._sources if source.is_open]
+            if refused and not set.intersection(*refused):
+                return self._for_tail  # all can be had
+        return self._windows.to_load(self._has_to_be_computed)
+
+    def _has_to_be_computed(self, chunk: int, is_seen: bool) -> bool:
+        """As far as can be seen. A source that has not answered yet promises nothing."""
+        if self._table.logs[chunk].state is not ChunkState.MISSING or not self.spec.may_compute:
+            return False
+        if self.spec.replay is not None:
+            return self.spec.replay.levels[chunk] == TEXT
+        return is_seen and not any(source.is_open and chunk not in source.refused for source in self._sources)
 
     def _live_source_s(self, now: float) -> float:
         """Until a live source has computed the last chunk. It takes about as long for a chunk as this worker would,
@@ -308,7 +383,7 @@ class Loader:
                 continue  # the plan's level is for what it loads
             if index in standing:
                 # It may be encoded already, at the level of the first request: then amending comes too late.
-                if plan.gives_up and self._pays_anew(index, self.chunk_bytes[log.anew_level], level):
+                if plan.gives_up and self._pays_anew(index, self.chunk_bytes[log.anew_level] * log.share, level):
                     commands.append(self.withdraw(index))
                     commands.append(self._ask(self._source_of(index), index, level, now))
                 else:
@@ -361,16 +436,34 @@ class Loader:
         level: of all of them, or by chunk; the first `num_first` that are asked for get `first_level`.
         """
         commands: list[ev.Command] = []
+        layers = self._to_load()
         for index in list(wanted) if self.live else wanted[::-1]:
             wish = level if isinstance(level, str) else level[index]
             if first_level is not None and len(commands) < num_first:
                 wish = first_level
-            source, is_hopeless = self._pick(index, self.chunk_bytes[wish], now)
+            if layers[index] == ():
+                continue
+            num_bytes = self.chunk_bytes[wish] * self._windows.share(layers[index])
+            source, is_hopeless = self._pick(index, num_bytes, now)
             if source is None and not is_hopeless:
                 break
             if source is not None:
+                log = self._table.logs[index]
+                log.layers, log.share = layers[index], self._windows.share(layers[index])
                 commands.append(self._ask(source, index, wish, now))
+        if self.has_opened:
+            unseen = [index for index in wanted if layers[index] == ()]
+            commands += [
+                self._take_nothing(index, level if isinstance(level, str) else level[index]) for index in unseen
+            ]
         return commands
+
+    def _take_nothing(self, index: int, level: str) -> ev.Decode:
+        """Nobody sees this chunk: it is loaded at any level, without a byte."""
+        log = self._table.logs[index]
+        log.layers, log.share, log.level, log.source, log.bytes = (), 0.0, level, None, 0
+        self._table.move(index, ChunkState.DECODING)
+        return ev.Decode(chunk=index, level=level, blob=b"", layers=())
 
     def _pick(self, index: int, num_bytes: float, now: float) -> tuple[FillSource | None, bool]:
         """Who brings the chunk soonest, if that one has room; whether nobody ever will."""
@@ -387,8 +480,10 @@ class Loader:
         return (best if best.has_room(best_rate) else None), False
 
     def is_loadable(self, index: int) -> bool:
-        """Whether some source may still give this chunk."""
-        return any(source.is_hoped_for and index not in source.refused for source in self._sources)
+        """Whether some source may still give this chunk, or nothing of it is needed."""
+        if any(source.is_hoped_for and index not in source.refused for source in self._sources):
+            return True
+        return self.has_opened and self._windows.has_windows and self._to_load()[index] == ()
 
     def _source_of(self, index: int) -> FillSource:
         at = self._table.logs[index].source
@@ -401,22 +496,24 @@ class Loader:
         What is committed to the link cannot be recalled: that much comes in vain, and the new blob behind it.
         """
         committed_bytes = self._source_of(index).share.estimator.committed_bytes
-        return left_bytes > REASK * (committed_bytes + self.chunk_bytes[level])
+        return left_bytes > REASK * (committed_bytes + self.chunk_bytes[level] * self._table.logs[index].share)
 
     def _ask(self, source: FillSource, index: int, level: str, now: float) -> ev.Ask:
         log = self._table.move(index, ChunkState.ASKED)
-        source.ask(self.chunk_bytes[level], now)
-        log.source, log.anew_level, log.left_bytes = source.index, level, self.chunk_bytes[level]
+        num_bytes = self.chunk_bytes[level] * log.share
+        source.ask(num_bytes, now)
+        log.source, log.anew_level, log.left_bytes = source.index, level, num_bytes
         log.first_part_at, log.asked_at = None, now
         self._remember(index, level)
-        return ev.Ask(source=source.index, chunk=index, level=level)
+        return ev.Ask(source=source.index, chunk=index, level=part_name(level, log.layers))
 
     def _amend(self, index: int, level: str) -> ev.Ask:
         log, source = self._table.logs[index], self._source_of(index)
-        source.left_bytes += self.chunk_bytes[level] - log.left_bytes
-        log.left_bytes = self.chunk_bytes[level]
+        num_bytes = self.chunk_bytes[level] * log.share
+        source.left_bytes += num_bytes - log.left_bytes
+        log.left_bytes = num_bytes
         self._remember(index, level)
-        return ev.Ask(source=source.index, chunk=index, level=level)
+        return ev.Ask(source=source.index, chunk=index, level=part_name(level, log.layers))
 
     def _remember(self, index: int, level: str) -> None:
         asked = self._table.logs[index].asked_levels

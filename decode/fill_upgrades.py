@@ -6,8 +6,8 @@ encoding. Whether there is time for it is the caller's to say, in bytes.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 from decode import fill_events as ev
 from decode.fill_chunks import ChunkLog, ChunkState, ChunkTable, Refinement
@@ -15,7 +15,7 @@ from decode.fill_sources import FillSource
 from decode.link_scheduler import Kind
 from decode.refine import Ladder, RefineBudget, next_step
 from decode.replay import ReplayStep
-from prefill.chunks import refinement_name
+from prefill.chunks import REFINES, part_name, refinement_name
 
 
 class Upgrades:
@@ -33,6 +33,21 @@ class Upgrades:
     def add(self, chunk: int) -> None:
         """A loaded chunk is in place."""
         self._raisable.setdefault(self._table.logs[chunk].level, {})[chunk] = None
+
+    def forget(self, chunk: int) -> None:
+        """It is in place no more."""
+        self._raisable.get(self._table.logs[chunk].level, {}).pop(chunk, None)
+
+    def drop_unless(self, is_seen: Callable[[int], bool]) -> list[ev.Command]:
+        """Chunks that no window reaches any more are left as they are. A followed plan says itself what is refined."""
+        commands: list[ev.Command] = []
+        for index, log in self._on_their_way():
+            if index not in self._due and not is_seen(index):
+                commands.append(self._withdraw(index, log))
+        for chunks in self._raisable.values():
+            for chunk in [chunk for chunk in chunks if not is_seen(chunk)]:
+                del chunks[chunk]
+        return commands
 
     def follow(self, steps: Sequence[ReplayStep]) -> None:
         """Ask for exactly these from now on."""
@@ -57,14 +72,17 @@ class Upgrades:
         """As many refinements as the sources have room for and the budget pays (see next_step)."""
         sure_bytes, hoped_bytes = budget.sure_bytes, budget.hoped_bytes
         logs, table = self._table.logs, self._table
-        coming = Counter(logs[index].asked_levels[-1] for index in table.asked)
-        coming.update(logs[index].level for index in table.decoding)
+        coming: defaultdict[str, float] = defaultdict(float)
+        for index in table.asked:
+            coming[logs[index].asked_levels[-1]] += logs[index].share
+        for index in table.decoding:
+            coming[logs[index].level] += logs[index].share
         commands: list[ev.Command] = []
         while any(source.is_open and source.has_room(source.rate(now)) for source in self._sources):
             if len(commands) >= budget.num_steps:
                 break
             able = self._able()
-            counts = {level: len(chunks) for level, chunks in able.items()}
+            counts = {level: self._weight(chunks) for level, chunks in able.items()}
             step = next_step(ladder, counts, sure_bytes, hoped_bytes=hoped_bytes, coming=coming)
             if step is None:
                 break
@@ -72,10 +90,16 @@ class Upgrades:
             chunk = next((index for index in able[have] if self._can_ask(index, now)), None)
             if chunk is None:
                 break
-            num_bytes = ladder.step_bytes(have, level)
+            num_bytes = ladder.step_bytes(have, level) * logs[chunk].share
             sure_bytes, hoped_bytes = sure_bytes - num_bytes, hoped_bytes - num_bytes
             commands.append(self._ask(chunk, level, num_bytes, kind, now, nested=ladder.is_nested(have, level)))
         return commands
+
+    def _weight(self, chunks: Collection[int]) -> float:
+        """How many whole chunks these amount to."""
+        if not self._table.parts:
+            return len(chunks)
+        return sum(self._table.logs[index].share for index in chunks)
 
     def _able(self) -> Mapping[str, Collection[int]]:
         """The raisable chunks whose source can give more now."""
@@ -99,7 +123,7 @@ class Upgrades:
             if step.chunk in self._due or not self._can_ask(step.chunk, now):
                 break
             have = self._table.logs[step.chunk].level
-            num_bytes = ladder.step_bytes(have, step.level)
+            num_bytes = ladder.step_bytes(have, step.level) * self._table.logs[step.chunk].share
             nested = ladder.is_nested(have, step.level)
             commands.append(self._ask(step.chunk, step.level, num_bytes, Kind.LATER, now, nested=nested))
             self._due[step.chunk] = self._steps.pop(0)
@@ -115,7 +139,7 @@ class Upgrades:
         log = self._table.logs[chunk]
         assert log.source is not None and log.state is ChunkState.FILLED and not log.upgrade
         self._raisable.get(log.level, {}).pop(chunk, None)
-        name = refinement_name(log.level, level) if nested else level
+        name = part_name(refinement_name(log.level, level) if nested else level, log.layers)
         log.upgrade, log.upgrade_name, log.upgrade_kind, log.upgrade_asked_at = level, name, kind, now
         log.left_bytes, log.upgrade_bytes = num_bytes, 0
         self._sources[log.source].ask(num_bytes, now)
@@ -142,12 +166,15 @@ class Upgrades:
         commands: list[ev.Command] = []
         for index, log in self._on_their_way():
             if index < stop:
-                assert log.source is not None
-                commands.append(ev.Withdraw(source=log.source, chunk=index))
-                self._sources[log.source].forget(log.left_bytes)
-                self._end(log)
-                self.add(index)
+                commands.append(self._withdraw(index, log))
         return commands
+
+    def _withdraw(self, chunk: int, log: ChunkLog) -> ev.Withdraw:
+        assert log.source is not None
+        self._sources[log.source].forget(log.left_bytes)
+        self._end(log)
+        self.add(chunk)
+        return ev.Withdraw(source=log.source, chunk=chunk)
 
     def _on_their_way(self) -> list[tuple[int, ChunkLog]]:
         if not self.num_waiting:
@@ -172,7 +199,8 @@ class Upgrades:
                 chunk=event.chunk,
                 level=log.upgrade,
                 blob=event.blob,
-                coarse=log.blob if log.upgrade_name != log.upgrade else None,
+                coarse=log.blob if REFINES in log.upgrade_name else None,
+                layers=log.layers,
                 after_tokens=step.after_tokens if step is not None else None,
             )
         ]

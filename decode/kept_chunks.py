@@ -61,7 +61,7 @@ class KeptChunks:
         size, blocks = self._chunk_tokens, state.pages.blocks
         start, stop = chunk * size, (chunk + 1) * size
         key, kl = state.chain.chunk(size, chunk), self._pages.worst_kl(blocks, start, stop)
-        if kl is None or not self._source.wants(key, kl):
+        if kl is None or not self._source.wants(key, kl) or not self._pages.is_whole(blocks, start, stop):
             return
         k, v = self._pool.read(blocks, start, stop)
         parent = state.chain.chunk(size, chunk - 1) if chunk else None

@@ -10,7 +10,7 @@ Everything here is closed form, a few microseconds a level: a plan is made at ev
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 # A plan that computes has to promise this much over one that only loads: computing takes longer than predicted where
@@ -41,6 +41,8 @@ class Outlook:
     """All that the choice depends on besides the policy. Times in seconds, rates in bytes a second.
 
     num_missing: chunks neither filled, being decoded, computed nor on their way; they form a range after the frontier.
+    left: left[i] is how many whole chunks the missing ones from the i-th on amount to, for windows of which only some
+        layers are loaded; empty: as many as they are. left[num_missing] is 0.
     in_flight_bytes: what is still to come of each chunk that is on its way, in the order of the prompt.
     committed_bytes: what the link brings of a chunk in any case, even if it is given up.
     ahead_bytes: what transfers with earlier deadlines still want of the same links.
@@ -50,6 +52,7 @@ class Outlook:
     encode_s, decode_s: seconds that the source and this worker take for one chunk, by level.
     compute_s, compute_growth_s: the first m chunks of the missing range take m * (compute_s + compute_growth_s * m).
     max_compute: how many chunks may be computed: none if the policy or the request forbids it.
+    again_s: what computing any of them takes besides: chunks in place lack layers that these would need.
     queue_s: what is here already and waits to be decoded takes so long; in_flight_decode_s: what is on its way will.
     busy_s: time until the chunk being computed now is done, and until this request's turn comes.
     num_others: other requests that computing would disturb.
@@ -72,6 +75,8 @@ class Outlook:
     encode_s: Mapping[str, float]
     compute_s: float
     max_compute: int
+    left: Sequence[float] = ()
+    again_s: float = 0.0
     compute_growth_s: float = 0.0
     low_share: float = 1.0
     queue_s: float = 0.0
@@ -85,7 +90,7 @@ class Outlook:
     exact: frozenset[str] = frozenset()
     nested: frozenset[str] = frozenset()
     is_contended: bool = False
-    in_place: Mapping[str, int] = field(default_factory=dict)
+    in_place: Mapping[str, float] = field(default_factory=dict)
     live: bool = False
 
 
@@ -143,7 +148,7 @@ def choose(levels: Sequence[str], outlook: Outlook, budget_s: float, *, current:
                         gives_up=costs.clips
                         and _Costs(outlook, level, careful=True, keeps_all=True).finish_s(0) > budget_s,
                     )
-        if outlook.max_compute and outlook.busy_s + outlook.compute_s <= budget_s:
+        if outlook.max_compute and outlook.busy_s + outlook.again_s + outlook.compute_s <= budget_s:
             count = floor.fewest_in(budget_s)
             time_s = floor.finish_s(count)
             if time_s <= budget_s:
@@ -156,7 +161,7 @@ def _raise_s(outlook: Outlook, levels: Sequence[str], level: str) -> float:
     """What raising all that stands below `level` to it takes: by the link or by decoding, whichever is slower."""
     if not outlook.in_place or outlook.live:
         return 0.0
-    num_bytes, count = 0.0, 0
+    num_bytes, count = 0.0, 0.0
     for below in levels[levels.index(level) + 1 :]:
         n = outlook.in_place.get(below, 0)
         if n:
@@ -209,7 +214,7 @@ def _fastest(levels: Sequence[str], outlook: Outlook, budget_s: float, *, is_com
         if load_s > FAR_SLOWER * (floor_s + outlook.spent_s):
             continue
         ways = [(0, load_s)] if can_load else []
-        if outlook.max_compute and outlook.busy_s + outlook.compute_s < load_s:
+        if outlook.max_compute and outlook.busy_s + outlook.again_s + outlook.compute_s < load_s:
             # else all is here before anything could be computed
             ways.append(costs.meeting_point())
         for count, time_s in ways:
@@ -274,9 +279,14 @@ class _Costs:
         """What one chunk more takes."""
         return max(self._size / self._rate, self._encode_s, self._decode_s)
 
+    def num_left(self, count: int) -> float:
+        """How many whole chunks those from the `count`-th missing one on amount to."""
+        left = self._outlook.left
+        return left[count] if left and count >= 0 else self._outlook.num_missing - count
+
     def wire_s(self) -> float:
         """Until the last byte is here if all is loaded."""
-        return self._outlook.latency_s + (self._bytes + self._outlook.num_missing * self._size) / self._rate
+        return self._outlook.latency_s + (self._bytes + self.num_left(0) * self._size) / self._rate
 
     def _decode_from_s(self) -> float:
         """When what is here and on its way is decoded."""
@@ -284,25 +294,30 @@ class _Costs:
 
     def decode_all_s(self) -> float:
         """What decoding every missing chunk once takes."""
-        return self._outlook.num_missing * self._decode_s
+        return self.num_left(0) * self._decode_s
 
     def compute_s(self, count: float) -> float:
-        return count * (self._outlook.compute_s + self._outlook.compute_growth_s * count)
+        again_s = self._outlook.again_s if count else 0.0
+        return again_s + count * (self._outlook.compute_s + self._outlook.compute_growth_s * count)
 
     def finish_s(self, count: int) -> float:
         """When the last chunk is in place if the first `count` are computed and the others come at this level."""
         outlook = self._outlook
         compute_s = outlook.busy_s + count * (outlook.compute_s + outlook.compute_growth_s * count)
+        if count and outlook.again_s:
+            compute_s += outlook.again_s
         if count >= self._total:
             return compute_s
         if self._rate <= 0:
             return math.inf
-        num_asked = outlook.num_missing - count
+        num_asked: float = outlook.num_missing - count
+        if outlook.left and num_asked > 0:
+            num_asked = outlook.left[count]
         wire_bytes = self._bytes
         if num_asked >= 0:
             wire_bytes += num_asked * self._size
         else:  # computing goes on into what is on its way
-            wire_bytes -= sum(min(left, self._most) for left in self._in_flight[:-num_asked])
+            wire_bytes -= sum(min(left, self._most) for left in self._in_flight[: count - outlook.num_missing])
         # The slowest stage. This runs a dozen times a plan: comparing is cheaper than max().
         load_s = outlook.latency_s + wire_bytes / self._rate
         encode_s = num_asked * self._encode_s
@@ -322,6 +337,8 @@ class _Costs:
         most = min(self._total, outlook.max_compute)
         if outlook.live or self._rate <= 0:
             return most, self.finish_s(most)
+        if outlook.left or outlook.again_s:
+            return self._meeting_point_by_search(most)
         # busy + m (p + q m)  =  load(0) - m * step, for the wire's pace and for the codec's; the later crossing counts.
         wire_s = outlook.latency_s + (self._bytes + outlook.num_missing * self._size) / self._rate
         last_s = self._decode_s - outlook.busy_s
@@ -345,6 +362,22 @@ class _Costs:
                 best, best_s = count, time_s
         return best, best_s
 
+    def _meeting_point_by_search(self, most: int) -> tuple[int, float]:
+        """The same where chunks are of different sizes: computing takes longer with each, loading shorter."""
+        first = self._first_count(most, lambda count: self._outlook.busy_s + self.compute_s(count))
+        return min(((at, self.finish_s(at)) for at in (max(first - 1, 0), first)), key=lambda found: found[1])
+
+    def _first_count(self, most: int, limit_s: Callable[[int], float]) -> int:
+        """The first count that is finished by a limit that rises with it, at least as fast as computing takes."""
+        low, high = 0, most
+        while low < high:
+            count = (low + high) // 2
+            if self.finish_s(count) <= limit_s(count):
+                high = count
+            else:
+                low = count + 1
+        return low
+
     def _crossing(self, gap_s: float, step_s: float) -> float:
         """m >= 0 with  m (p + q m) + m step = gap."""
         if gap_s <= 0:
@@ -360,6 +393,9 @@ class _Costs:
         most = min(self._total, outlook.max_compute)
         if outlook.live or self._rate <= 0:
             return most
+        if outlook.left or outlook.again_s:
+            # The first that is loaded in time, or before computing is done: later ones compute longer still.
+            return self._first_count(most, lambda at: max(budget_s, outlook.busy_s + self.compute_s(at)))
         wire_s = outlook.latency_s + (self._bytes + outlook.num_missing * self._size) / self._rate
         left_s = budget_s - self._decode_s
         by_wire = (wire_s - left_s) * self._rate / self._size

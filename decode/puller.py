@@ -20,6 +20,7 @@ from decode.fill import FillMachine
 from decode.fill_loading import EngineLoad, FillSpec
 from decode.link_scheduler import Kind, LinkScheduler, LinkShare, priority
 from decode.transfer_events import fill_event
+from decode.window_chunks import Layers
 from prefill.runtime import ModelRuntime
 from transport import events as wire
 from transport.curve import CurveKeys
@@ -51,7 +52,8 @@ class PullOwner(Protocol):
     def fill_begins(self, fill: Fill) -> None: ...
     def engine_load(self, key: str) -> EngineLoad: ...
     def compute_chunk(self, key: str, chunk: int, start: int, stop: int) -> None: ...
-    def chunk_loaded(self, key: str, start: int, stop: int, level: str, base_kl: float) -> None: ...
+    def chunk_loaded(self, key: str, start: int, stop: int, level: str, base_kl: float, *, layers: Layers) -> None: ...
+    def chunk_discarded(self, key: str, start: int, stop: int) -> None: ...
     def fill_ready(self, key: str, now: float) -> None: ...
     def fill_failed(self, key: str, failure: ev.Fail) -> None: ...
     def put_pages(self, key: str, pages: NewPages) -> None: ...
@@ -158,11 +160,11 @@ class KVPuller:
         if fill is not None:
             self._feed(fill, ev.ChunkComputed(chunk=chunk), now)
 
-    def first_token(self, key: str, now: float) -> None:
-        """The request's first token was drawn."""
+    def first_token(self, key: str, position: int, now: float) -> None:
+        """The request's first token was drawn; it stands at this position."""
         fill = self._fills.get(key)
         if fill is not None:
-            self._feed(fill, ev.FirstToken(), now)
+            self._feed(fill, ev.FirstToken(position=position), now)
 
     def pages_put(self, key: str, pages: NewPages, after_tokens: int, now: float) -> None:
         """The engine has copied a better level into the pages."""
@@ -263,6 +265,8 @@ class KVPuller:
                 case ev.Compute():
                     start, stop = fill.machine.spec.to_compute(command.chunk)
                     self._owner.compute_chunk(fill.key, command.chunk, start, stop)
+                case ev.Discard():
+                    self._owner.chunk_discarded(fill.key, *fill.machine.spec.to_compute(command.chunk))
                 case ev.Ready():
                     self._owner.fill_ready(fill.key, now)
                 case ev.Fail():
@@ -353,6 +357,6 @@ class KVPuller:
                 self._owner.put_pages(fill.key, outcome.pages)
             else:
                 start = max(job.start, job.cached_tokens)
-                self._owner.chunk_loaded(fill.key, start, job.stop, command.level, job.base_kl)
+                self._owner.chunk_loaded(fill.key, start, job.stop, command.level, job.base_kl, layers=command.layers)
                 self._feed(fill, ev.BlobDecoded(chunk=command.chunk, seconds=outcome.seconds), now)
             self._owner.unpin(fill.key)

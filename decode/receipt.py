@@ -37,7 +37,7 @@ def build_receipt(
 ) -> dict[str, Any]:
     """A dictionary of plain values. Times are milliseconds since the worker received the request; the parts of
     `ttft_ms` add up to it. `levels` and `bytes` count what the first token saw, `refined_*` what came later,
-    `received_bytes` all that came.
+    `received_bytes` all that came. `chunks_in_part`: chunks of which windows left layers out, all of them perhaps.
     """
 
     def since(at: float | None) -> float | None:
@@ -48,6 +48,7 @@ def build_receipt(
 
     at_first = [log.first_level or log.level for log in fill.chunks if log.filled_at is not None]
     at_end = [log.level for log in fill.chunks if log.filled_at is not None]
+    seen = [log.first_level or log.level for log in fill.chunks if log.filled_at is not None and log.layers != ()]
     steps = [step for log in fill.chunks for step in log.refinements]
     last_chunk_at = max((log.filled_at for log in fill.chunks if log.filled_at is not None), default=None)
     admitted_at, filled_at = timeline.admitted_at, timeline.filled_at
@@ -71,8 +72,9 @@ def build_receipt(
         "received_bytes": fill.received_bytes,
         "recomputed_chunks": at_first.count(TEXT),
         "live_prefill": fill.live,
-        "promised_kl": worst_kl(at_first, promised_kl),
-        "mean_promised_kl": mean_kl(at_first, promised_kl),
+        "chunks_in_part": sum(_num_layers(log) is not None for log in fill.chunks),
+        "promised_kl": worst_kl(seen, promised_kl),
+        "mean_promised_kl": mean_kl(seen, promised_kl),
         "link_mbps": round(fill.loader.rate(ended_at) * 8e-6, 3) if fill.received_bytes else None,
         "ttft_ms": between(timeline.received_at, timeline.first_token_at),
         "ttft_parts_ms": {
@@ -94,6 +96,7 @@ def build_receipt(
                 "source": None if log.source is None or log.level == TEXT else sources[log.source],
                 "asked_levels": log.asked_levels,
                 "bytes": _base_bytes(log),
+                "layers": _num_layers(log),
                 "bad_blobs": log.bad_blobs,
                 "asked_ms": since(log.asked_at),
                 "first_part_ms": since(log.first_part_at),
@@ -119,6 +122,13 @@ def build_receipt(
 
 def _base_bytes(log: ChunkLog) -> int:
     return log.bytes if log.filled_at is not None and log.level not in (TEXT, CACHED) else 0
+
+
+def _num_layers(log: ChunkLog) -> int | None:
+    """How many layers of a loaded chunk came where windows left some out; None: all, or it was not loaded."""
+    if log.filled_at is None or log.level in (TEXT, CACHED) or log.layers is None:
+        return None
+    return len(log.layers)
 
 
 def _within(low: float | None, value: float | None, high: float | None) -> float | None:

@@ -57,16 +57,17 @@ UNLIMITED = RefineBudget(sure_bytes=float("inf"), hoped_bytes=float("inf"), num_
 
 def next_step(
     ladder: Ladder,
-    counts: Mapping[str, int],
+    counts: Mapping[str, float],
     budget_bytes: float,
     *,
     hoped_bytes: float = 0.0,
-    coming: Mapping[str, int] | None = None,
+    coming: Mapping[str, float] | None = None,
 ) -> tuple[str, str] | None:
     """(have, level): raise a chunk that is at `have` to `level`; None when nothing affordable is left to gain.
 
-    counts: how many chunks stand at each level of the ladder and can be raised; coming: how many can be soon, which the
-    budget is shared with. hoped_bytes: what may be affordable with luck: one small step at a time is risked on it.
+    counts: how many chunks stand at each level of the ladder and can be raised (one of which only some layers are
+    loaded counts in part); coming: how many can be soon, which the budget is shared with. hoped_bytes: what may be
+    affordable with luck: one small step at a time is risked on it.
     """
     rank = {level: index for index, level in enumerate(ladder.levels)}
     able = [(rank[have], have, count) for have, count in counts.items() if count and rank.get(have, 0) > 0]

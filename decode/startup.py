@@ -10,7 +10,9 @@ from decode.admission import WorkerLimits
 from decode.estimator import ComputeEstimator
 from decode.step_times import StepTimes
 from prefill.block_pool import blocks_for
+from prefill.chunks import MAX_NAMED_LAYERS
 from prefill.engine import SequenceSlice
+from prefill.kv_layout import KVLayout
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime
 
 MEASURED_ROWS = 15  # that a decode step has besides one
@@ -27,7 +29,13 @@ def worker_limits(runtime: ModelRuntime, chunk_tokens: int) -> WorkerLimits:
         chunk_bytes=predicted_chunk_bytes(runtime, chunk_tokens),
         nested=nested_levels(runtime.profile),
         exact=exact_levels(runtime.profile),
+        windows=loaded_windows(runtime.model.layout),
     )
+
+
+def loaded_windows(layout: KVLayout) -> tuple[int | None, ...]:
+    """The windows that loading goes by: none where there is none, or where layers could not be named."""
+    return layout.windows if layout.has_windows and layout.num_layers <= MAX_NAMED_LAYERS else ()
 
 
 def predicted_chunk_bytes(runtime: ModelRuntime, chunk_tokens: int) -> dict[str, float]:

@@ -5,6 +5,7 @@ Around the block pool, the tensors and the tags (prefill/page_quality.py). The c
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +16,7 @@ from prefill.block_pool import blocks_for
 from prefill.chunks import KeyChain, chunk_key
 from prefill.page_quality import EXACT, UNKNOWN, PageQuality
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime
+from prefill.window_layers import whole_from
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -36,7 +38,7 @@ class TaggedPages:
     def __init__(self, runtime: ModelRuntime, *, chunk_tokens: int, shares_prefixes: bool = True) -> None:
         assert chunk_tokens % BLOCK_TOKENS == 0, "two chunks in one block would have one tag"
         self._pool, self._blocks = runtime.pool, runtime.allocator
-        self._fingerprint = runtime.model.fingerprint
+        self._model = runtime.model
         self._shares_prefixes = shares_prefixes
         self._quality = PageQuality()
         self._kl = {level: UNKNOWN if kl is None else kl for level, kl in promised_kl(runtime.profile).items()}
@@ -44,7 +46,7 @@ class TaggedPages:
     # -- tables ---------------------------------------------------------------------------------------------------
 
     def chain(self, token_ids: Sequence[int], cache_salt: str) -> KeyChain:
-        return KeyChain(token_ids, fingerprint=self._fingerprint, cache_salt=cache_salt)
+        return KeyChain(token_ids, fingerprint=self._model.fingerprint, cache_salt=cache_salt)
 
     def max_kl(self, floor: str) -> float:
         """What a request with this floor takes from others. A level that promises nothing is no measure: then exact KV
@@ -144,7 +146,8 @@ class TaggedPages:
         for index in range(table.num_known, num_tokens // BLOCK_TOKENS):
             key, block = keys[index - table.num_known], table.blocks[index]
             known = self._blocks.block_of(key)
-            is_better = known is not None and self._quality.worst([block]) < self._quality.worst([known])
+            # Who goes on with the other one must not miss a layer, so what lacks less comes before what is better.
+            is_better = known is not None and self._rank(block) < self._rank(known)
             found = self._register(block, key, parent, replace=is_better)
             assert found is not None, "what it continues is known"
             if found != block:
@@ -161,14 +164,39 @@ class TaggedPages:
             self._quality.forget_unless(self._blocks.is_used)
         return found
 
+    def _rank(self, block: int) -> tuple[int, float]:
+        return self._quality.whole_from([block]), self._quality.worst([block])
+
     def _match(self, keys: Sequence[bytes], max_kl: float) -> list[int]:
-        return self._blocks.match(keys, lambda block: self._quality.meets([block], max_kl))
+        """The longest known prefix that will do: good enough, and with all layers that queries behind it see."""
+        found = self._blocks.match(keys, lambda block: self._quality.meets([block], max_kl))
+        if self._quality.whole_from(found):
+            needs = list(itertools.accumulate((self._quality.whole_from([block]) for block in found), max))
+            while found and needs[len(found) - 1] > len(found) * BLOCK_TOKENS:
+                found.pop()
+        return found
 
     # -- what is in them ------------------------------------------------------------------------------------------
 
-    def loaded(self, table: Sequence[int], start: int, stop: int, level: str, base_kl: float = EXACT) -> None:
-        """A chunk at this level was decoded into them. base_kl: the promise of what it was encoded from."""
-        self._quality.filled(_blocks(table, start, stop), max(self._kl[level], base_kl))
+    def loaded(
+        self,
+        table: Sequence[int],
+        start: int,
+        stop: int,
+        level: str,
+        base_kl: float = EXACT,
+        *,
+        layers: Sequence[int] | None = None,
+    ) -> None:
+        """A chunk at this level was decoded into them. base_kl: the promise of what it was encoded from. layers: that
+        came (None: all); if some are missing, these pages are of use only to who goes on behind their windows."""
+        kl = max(self._kl[level], base_kl) if layers is None or layers else EXACT
+        behind = 0 if layers is None else whole_from(self._model.layout.windows, stop, layers)
+        self._quality.filled(_blocks(table, start, stop), kl, whole_from=behind)
+
+    def discarded(self, table: Sequence[int], start: int, stop: int) -> None:
+        """What was loaded is not used; something else will be put in its place."""
+        self._quality.released(_blocks(table, start, stop))
 
     def refine(
         self, table: Sequence[int], start: int, k: Tensor, v: Tensor, level: str, base_kl: float = EXACT
@@ -192,6 +220,10 @@ class TaggedPages:
         """The worst promise of these tokens' KV, nats a token; None if some of it promises nothing."""
         worst = self._quality.worst(_blocks(table, start, stop))
         return None if worst == UNKNOWN else worst
+
+    def is_whole(self, table: Sequence[int], start: int, stop: int) -> bool:
+        """Whether all layers of these tokens' KV are there."""
+        return self._quality.whole_from(_blocks(table, start, stop)) == 0
 
     # -- the rest -------------------------------------------------------------------------------------------------
 

@@ -34,6 +34,7 @@ from decode.scheduling_policy import MAX_WAITING
 from decode.slo import SLOPolicy
 from decode.startup import measure_compute, measure_decode, measure_steps, promised_kl, worker_limits
 from decode.tagged_pages import TaggedPages
+from decode.window_chunks import Layers
 from prefill.chunks import num_loadable_chunks
 from prefill.held_chunks import HeldChunks
 from prefill.kv_source import KVSource
@@ -368,10 +369,15 @@ class DecodeWorker:
         sequence.work, sequence.work_chunk = (start, stop), chunk
         self._lock.notify_all()
 
-    def chunk_loaded(self, key: str, start: int, stop: int, level: str, base_kl: float) -> None:
+    def chunk_loaded(self, key: str, start: int, stop: int, level: str, base_kl: float, *, layers: Layers) -> None:
         sequence = self._scheduler.get(key)
         assert sequence is not None
-        self._pages.loaded(sequence.block_table, start, stop, level, base_kl)
+        self._pages.loaded(sequence.block_table, start, stop, level, base_kl, layers=layers)
+
+    def chunk_discarded(self, key: str, start: int, stop: int) -> None:
+        sequence = self._scheduler.get(key)
+        assert sequence is not None
+        self._pages.discarded(sequence.block_table, start, stop)
 
     def fill_ready(self, key: str, now: float) -> None:
         sequence, state = self._scheduler.get(key), self._requests[key]
@@ -463,7 +469,7 @@ class DecodeWorker:
             if timeline.filled_at is not None:
                 self._compute.observe_tail(state.tail_start, state.fill_tokens, now - timeline.filled_at)
             state.first_fill, state.first_sources = state.fill, state.sources
-        self._puller.first_token(sequence.key, now)
+        self._puller.first_token(sequence.key, state.fill_tokens, now)
         self._holders.filled(sequence.key)
         self._holders.admit(now)  # those that waited for its pages
 

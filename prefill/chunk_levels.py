@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from codec.chunk import cut_chunk, level_sizes, refinement_of
+from codec.chunk import cut_chunk, cut_layers, level_sizes, refinement_of
 from codec.errors import CodecError
 from codec.levels import LevelKind
-from prefill.chunks import split_level
+from prefill.chunks import split_level, split_part
 from prefill.prompt import FreshChunk
 from prefill.runtime import ModelRuntime
 from prefill.store import MASTER_LEVEL, ChunkStore
+from prefill.window_layers import layer_runs
 
 MAX_REMEMBERED = 65_536  # chunks whose sizes need not be read again
 
@@ -35,9 +36,13 @@ class ChunkLevels:
     def check(self, name: str) -> str | None:
         """What is wrong with a level asked for, in words for the receiver; None if it can be made."""
         try:
-            have, level = split_level(name)
+            whole, layers = split_part(name)
+            have, level = split_level(whole)
         except ValueError as error:
             return str(error)
+        num_layers = self._runtime.model.layout.num_layers
+        if layers is not None and layers[-1] >= num_layers:
+            return f"{name!r}: there is no layer {layers[-1]}, the model has {num_layers}"
         known = self._runtime.profile.level_names
         for part in (level, have):
             if part is not None and part not in known:
@@ -67,19 +72,24 @@ class ChunkLevels:
         return sizes | nested
 
     def blob(self, key: bytes, name: str, *, start: int, stop: int, fresh: FreshChunk | None) -> bytes | None:
-        """The chunk of tokens [start, stop) at a level, or a refinement of it; None if the chunk is not stored.
+        """The chunk of tokens [start, stop) at a level, or a refinement of it, or some layers of these (a blob for each
+        run of neighbours); None if the chunk is not stored. What is kept is always whole.
 
         fresh: its KV, if it is not in the store yet, or in a worse quality. Raises codec.errors.CodecError.
         """
         wrong = self.check(name)
         if wrong is not None:
             raise CodecError(wrong)
-        have, level = split_level(name)
+        whole, layers = split_part(name)
+        have, level = split_level(whole)
         kept = self._finest if level in self._stages else level
         assert kept is not None
         blob = self._kept(key, kept, start=start, stop=stop, fresh=fresh)
         if blob is None:
             return None
+        if layers is not None:
+            profile = self._runtime.profile
+            return cut_layers(blob, profile=profile, layers=layer_runs(layers), level=level, have=have)
         if have is not None:
             return refinement_of(blob, profile=self._runtime.profile, have=have, level=level)
         return blob if kept == level else cut_chunk(blob, profile=self._runtime.profile, level=level)

@@ -7,7 +7,8 @@ A key names everything that KV depends on: the model, the tenant's salt and ever
 therefore mean equal KV. The keys of a sequence form one hash chain, a link every 16 tokens (`KeyChain`), from which the
 keys of its blocks and of its chunks are read.
 
-What is asked of a chunk is a level, "q1", or a refinement, "q3>q1": what a holder of q3 lacks of q1.
+What is asked of a chunk is a level, "q1", or a refinement, "q3>q1": what a holder of q3 lacks of q1. Either can be
+asked for some layers only, "q1/2a": a hexadecimal number, bit i of which is layer i.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from collections.abc import Iterable, Sequence
 
 KEY_BYTES = 16
 LINK_TOKENS = 16
-REFINES = ">"
+REFINES, LAYERS_OF = ">", "/"
+MAX_NAMED_LAYERS = 160  # so that a name keeps to transport's limit (Limits.level_chars)
 
 
 def num_loadable_chunks(num_prompt_tokens: int, chunk_tokens: int) -> int:
@@ -102,3 +104,24 @@ def split_level(name: str) -> tuple[str | None, str]:
     if not level or REFINES in have or (refines and (not have or have == level)):
         raise ValueError(f"{name!r} names neither a level, as q1, nor a refinement, as q3{REFINES}q1")
     return (have if refines else None), level
+
+
+def part_name(name: str, layers: Iterable[int] | None) -> str:
+    """How these layers, one at least, of a level or of a refinement are asked for; None: all of them."""
+    if layers is None:
+        return name
+    mask = sum(1 << layer for layer in layers)
+    assert mask and LAYERS_OF not in name, (name, mask)
+    return f"{name}{LAYERS_OF}{mask:x}"
+
+
+def split_part(name: str) -> tuple[str, tuple[int, ...] | None]:
+    """q3>q1/2a -> (q3>q1, (1, 3, 5)), q1 -> (q1, None). Raises ValueError for what part_name does not write; knows no
+    model."""
+    level, has_layers, digits = name.partition(LAYERS_OF)
+    if not has_layers:
+        return name, None
+    if not level or not digits or set(digits) - set("0123456789abcdef") or digits[0] == "0":
+        raise ValueError(f"{name!r}: layers are named as in q1{LAYERS_OF}2a, a hexadecimal number with a bit for each")
+    mask = int(digits, 16)
+    return level, tuple(layer for layer in range(mask.bit_length()) if mask >> layer & 1)

@@ -1,5 +1,5 @@
-"""The shape of a model's KV, and what of it sliding windows still read. Plain data over torch's dtypes; imports nothing
-of ours.
+"""The shape of a model's KV, and what of it sliding windows still read. Plain data over torch's dtypes; imports
+nothing of ours but arithmetic.
 """
 
 from __future__ import annotations
@@ -7,6 +7,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+
+from prefill.window_layers import first_key, layer_runs, layers_seen
+
+__all__ = [
+    "KVLayout", "dead_blocks", "first_key", "layer_runs", "layers_needed", "live_blocks", "window_groups",
+]  # fmt: skip
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
@@ -47,30 +53,9 @@ class KVLayout:
         return any(window is not None for window in self.windows)
 
 
-def first_key(window: int | None, query: int) -> int:
-    """The first key that a query at position `query`, and so any later one, sees."""
-    return 0 if window is None else max(0, query - window + 1)
-
-
 def layers_needed(layout: KVLayout, start: int, stop: int, *, first_query: int) -> tuple[int, ...]:
-    """The layers whose KV of tokens `start .. stop` a query at `first_query` or later still sees.
-
-    Whoever continues a sequence computes its queries from `first_query` on: the last prompt token for a prompt whose KV
-    is all there (it runs in any case, for its logits), the first missing token otherwise.
-    """
-    assert 0 <= start < stop <= first_query + 1, (start, stop, first_query)
-    return tuple(i for i, window in enumerate(layout.windows) if stop > first_key(window, first_query))
-
-
-def layer_runs(layers: tuple[int, ...]) -> list[tuple[int, int]]:
-    """Ascending layers as ranges (start, stop) of neighbours, which is how blobs are decoded in part."""
-    runs: list[tuple[int, int]] = []
-    for layer in layers:
-        if runs and runs[-1][1] == layer:
-            runs[-1] = (runs[-1][0], layer + 1)
-        else:
-            runs.append((layer, layer + 1))
-    return runs
+    """See prefill/window_layers.py: layers_seen."""
+    return layers_seen(layout.windows, start, stop, first_query=first_query)
 
 
 def window_groups(layout: KVLayout) -> dict[int | None, tuple[int, ...]]:

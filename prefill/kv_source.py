@@ -18,7 +18,7 @@ from typing import Any
 
 from codec.errors import CodecError
 from prefill.chunk_levels import ChunkLevels
-from prefill.chunks import split_level
+from prefill.chunks import split_level, split_part
 from prefill.encode_times import EncodeTimes
 from prefill.held_chunks import HeldChunks
 from prefill.open_request import BadOpen, OpenRequest, read_open
@@ -332,7 +332,8 @@ class KVSource:
             return None
         with self._lock:
             took_s = time.perf_counter() - begin
-            self._encode_times.note(split_level(name)[1], took_s, num_tokens=transfer.request.chunk_tokens)
+            level = split_level(split_part(name)[0])[1]
+            self._encode_times.note(level, took_s, num_tokens=transfer.request.chunk_tokens)
         return blob
 
     def _blob(self, transfer: Transfer, chunk: int, name: str) -> bytes | None:

@@ -7,6 +7,9 @@ loss, kept apart because they end differently:
     inherited  the worst KV that tokens in it were computed on; it stays when that KV is refined, for it was used
 
 The block's tag is the worse of the two. Blocks that hold nothing have none: to ask for it is a bug of ours.
+
+Apart from that a block may lack layers (sliding windows) that no query sees from some position of the sequence on. It
+is no loss to who computes nothing before that position, and of no use to anybody else.
 """
 
 from __future__ import annotations
@@ -25,12 +28,17 @@ class PageQuality:
     def __init__(self) -> None:
         self._own: dict[int, float] = {}
         self._inherited: dict[int, float] = {}
+        self._whole_from: dict[int, int] = {}  # by block, where that is not 0
 
-    def filled(self, blocks: Iterable[int], kl: float) -> None:
-        """All of these blocks was loaded at this quality, whatever was in them before."""
-        assert kl >= 0, kl
+    def filled(self, blocks: Iterable[int], kl: float, *, whole_from: int = 0) -> None:
+        """All of these blocks was loaded at this quality, whatever was in them before. whole_from: the first query that
+        sees nothing that is missing; 0: nothing is."""
+        assert kl >= 0 and whole_from >= 0, (kl, whole_from)
         for block in blocks:
             self._own[block], self._inherited[block] = kl, EXACT
+            self._whole_from.pop(block, None)
+            if whole_from:
+                self._whole_from[block] = whole_from
 
     def computed(self, blocks: Iterable[int], below: Iterable[int]) -> None:
         """Tokens in these blocks were computed; `below` has all KV that they attended to. A block that already held
@@ -66,6 +74,7 @@ class PageQuality:
         for block in blocks:
             self._own.pop(block, None)
             self._inherited.pop(block, None)
+            self._whole_from.pop(block, None)
 
     def forget_unless(self, is_used: Callable[[int], bool]) -> None:
         """`released`, for all blocks that are not in use."""
@@ -80,6 +89,12 @@ class PageQuality:
         assert kl >= 0, kl
         return self.worst(blocks) <= kl
 
+    def whole_from(self, blocks: Iterable[int]) -> int:
+        """The first query that sees nothing that is missing in these blocks; 0: nothing is."""
+        if not self._whole_from:
+            return 0
+        return max((self._whole_from.get(block, 0) for block in blocks), default=0)
+
     def __len__(self) -> int:
         """How many blocks have a tag."""
         return len(self._own)
@@ -90,7 +105,7 @@ class PageQuality:
 
     def check_integrity(self, pool: BlockPool) -> None:
         """Every tag is a quality, and of a block that is in use."""
-        assert self._own.keys() == self._inherited.keys()
+        assert self._own.keys() == self._inherited.keys() >= self._whole_from.keys()
         for block in self._own:
             assert self._own[block] >= 0 and self._inherited[block] >= 0, f"block {block} has no quality"
             assert pool.is_used(block), f"block {block} was freed and still has a tag"

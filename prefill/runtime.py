@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from codec.chunk import warmup
+from codec.chunk import decode_chunk, inspect_blob, split_blobs, warmup
+from codec.errors import MalformedBlob
 from codec.levels import LevelKind
 from codec.profile import Profile, default_profile, load_profile
 from codec.rope import RopeTable
@@ -25,6 +26,7 @@ from prefill.machine_memory import available_bytes
 from prefill.memory_plan import check_fits
 from prefill.model import LoadedModel, load_model
 from prefill.model_size import read_model_size
+from prefill.window_layers import layer_runs
 from transport.messages import Greeting
 
 if TYPE_CHECKING:
@@ -132,6 +134,54 @@ class ModelRuntime:
                 k, v = self.decode(blob, start=start, stop=stop)
                 kept = max(0, keep - start)
                 self.pool.write(block_table, start + kept, k[:, kept:], v[:, kept:])
+
+    def decode_layers(
+        self, blobs: bytes | memoryview, layers: Sequence[int], *, start: int, stop: int
+    ) -> tuple[Tensor, Tensor]:
+        """Decode some layers of the chunk at [start, stop), a blob for each run of neighbours. k, v [L, T, H, D] of all
+        layers: zeros stand where nothing came, as attention multiplies hidden keys and values too. Raises
+        codec.errors.BlobError."""
+        layout = self.model.layout
+        shape = (layout.num_layers, stop - start, layout.num_kv_heads)
+        k = torch.zeros(*shape, layout.head_dim_k, dtype=layout.torch_dtype)
+        v = torch.zeros(*shape, layout.head_dim_v, dtype=layout.torch_dtype)
+        self._decode_runs(blobs, layers, k, v, start)
+        return k, v
+
+    def decode_layers_into_pages(
+        self,
+        blobs: bytes | memoryview,
+        layers: Sequence[int],
+        block_table: Sequence[int],
+        *,
+        start: int,
+        stop: int,
+        keep: int = 0,
+    ) -> None:
+        """`decode_layers`, into the pages as `decode_into_pages` does. No layers: all of it becomes zeros."""
+        device = self.model.device
+        in_place = keep <= start and device.type == "cpu"  # parts are decoded on the host
+        pages = self.pool.view(block_table, start, stop) if in_place else None
+        if pages is not None:
+            missing = sorted(set(range(self.model.layout.num_layers)).difference(layers))
+            for first, last in layer_runs(missing):
+                pages[0][first:last].zero_()
+                pages[1][first:last].zero_()
+            self._decode_runs(blobs, layers, *pages, start)
+        else:
+            k, v = self.decode_layers(blobs, layers, start=start, stop=stop)
+            kept = max(0, keep - start)
+            with side_stream(device), completed(device):
+                self.pool.write(block_table, start + kept, k[:, kept:], v[:, kept:])
+
+    def _decode_runs(self, blobs: bytes | memoryview, layers: Sequence[int], k: Tensor, v: Tensor, start: int) -> None:
+        runs, rope = layer_runs(layers), self.rope(start, start + k.shape[1])
+        parts = split_blobs(blobs)
+        found = [inspect_blob(part).layers for part in parts]
+        if found != runs:
+            raise MalformedBlob(f"expected layers {runs}, found {found}")
+        for part, (first, last) in zip(parts, runs, strict=True):
+            decode_chunk(part, profile=self.profile, rope=rope, out=(k[first:last], v[first:last]))
 
     def rope(self, start: int, stop: int) -> RopeTable:
         """The rotation of positions [start, stop), kept once made: chunks start at few positions."""

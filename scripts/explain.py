@@ -218,6 +218,12 @@ def _totals(receipt: Mapping[str, Any], width: int) -> list[Text]:
     if in_vain > 0:
         facts.append(f"{in_vain:,} not used")
     lines = _wrapped(", ".join(facts) + ".", width, indent=_label("Bytes"))
+    in_part = receipt.get("chunks_in_part") or 0
+    if in_part:
+        unseen = sum(chunk.get("layers") == 0 for chunk in receipt["chunks"])
+        text = f"{in_part} of {len(receipt['chunks'])} chunks in part: sliding windows have left the other layers"
+        text += f"; of {unseen} of these nothing was needed." if unseen else "."
+        lines += _wrapped(text, width, indent=_label("Layers"))
     levels = _counts(receipt.get("levels"))
     at_end = _counts(receipt.get("levels_at_end"))
     text = levels if at_end in ("", levels) else f"{levels} at the first token, {at_end} at the end"

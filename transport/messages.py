@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-PROTOCOL_VERSION = 2  # 2: priorities up to 2^53, refinements
+PROTOCOL_VERSION = 3  # 2: priorities up to 2^53, refinements; 3: layers of chunks
 Buffer = bytes | bytearray | memoryview
 
 

@@ -74,6 +74,13 @@ def test_a_link_that_drops_tenfold_changes_level_and_recomputes() -> None:
     assert world.ttft_s_reached < 1.1
 
 
+@pytest.mark.parametrize("not_here", [{2, 5}, {0}, {7}, set(range(8))])
+def test_a_source_that_lacks_chunks_and_is_lost_leaves_the_text(not_here: set[int]) -> None:
+    world = World(rate=lambda now: 0.3 * MBIT, num_chunks=8, not_here=(frozenset(not_here),))
+    world.cut(0, 0.1, 100.0, is_final=True)
+    assert {chunk.level for chunk in world.run().chunks} == {TEXT}
+
+
 def test_a_large_chunk_on_a_link_that_became_slow_is_asked_for_anew() -> None:
     world = World(rate=lambda now: (4000 if now < 0.02 else 3) * MBIT, ttft_s=0.9, may_compute=False)
     machine = world.run()

@@ -17,7 +17,7 @@ from decode.fill_chunks import ChunkState
 from decode.fill_loading import FillSpec
 from decode.link_scheduler import LinkScheduler
 from decode.replay import Replay
-from prefill.chunks import split_level
+from prefill.chunks import part_name, split_level, split_part
 
 PART_BYTES = 64 * 1024
 SIZES = {"raw": 1_572_864, "lossless": 1_100_000, "q1": 138_000, "q2": 60_000, "q3": 22_000}
@@ -61,6 +61,8 @@ class World:
     replay: Replay | None = None
     live_chunk_s: float = 0.0  # a live source has chunk i this long after chunk i - 1
     token_every_s: float = 0.02  # after the first token
+    windows: tuple[int | None, ...] = ()
+    not_here: tuple[frozenset[int], ...] = ()  # by source, chunks that it has not and does not compute
     now: float = 0.0
     events: list[tuple[float, int, Any]] = field(default_factory=list)
     log: list[tuple[float, ev.Command]] = field(default_factory=list)
@@ -75,6 +77,7 @@ class World:
         self.decoder_free_at = 0.0
         self.ready_at: float | None = None
         self.pages: dict[int, str] = {}
+        self.layers: dict[int, set[int]] = {}  # that stand in the pages
 
     def at(self, delay_s: float, event: Any) -> None:
         self.counter += 1
@@ -95,6 +98,7 @@ class World:
             max_compute=self.max_compute,
             infeasible=self.infeasible,
             replay=self.replay,
+            windows=self.windows,
         )
         shares = []
         for index, pipe in enumerate(self.pipes):
@@ -138,8 +142,12 @@ class World:
                 case ev.Open():
                     pipe = self.pipes[command.source]
                     if pipe.is_up:
-                        stored = tuple({} if pipe.stored else None for _ in range(self.num_chunks))
-                        self.at(self.latency_s, ev.Opened(source=command.source, stored_bytes=stored))
+                        missing = self.not_here[command.source] if self.not_here else ()
+                        stored = tuple(
+                            {} if pipe.stored and index not in missing else None for index in range(self.num_chunks)
+                        )
+                        opened = ev.Opened(source=command.source, stored_bytes=stored, computes=not self.not_here)
+                        self.at(self.latency_s, opened)
                 case ev.Ask():
                     self._ask(command)
                 case ev.Withdraw():
@@ -149,7 +157,8 @@ class World:
                         pipe.sending = None
                         self._send_next(command.source)
                 case ev.Decode():
-                    self.decoder_free_at = max(self.decoder_free_at, self.now) + self.decode_s  # one decoder thread
+                    share = 1.0 if command.layers is None else len(command.layers) / len(self.windows)
+                    self.decoder_free_at = max(self.decoder_free_at, self.now) + share * self.decode_s  # one thread
                     self.at(self.decoder_free_at - self.now, self._decoded(command))
                 case ev.Refine():
                     self.decoder_free_at = max(self.decoder_free_at, self.now) + self.decode_s
@@ -157,19 +166,36 @@ class World:
                 case ev.Compute():
                     below = self.machine.chunks[: command.chunk]
                     assert all(log.state is ChunkState.FILLED for log in below), "computed above a hole"
+                    self._assert_sees_all(command.chunk)
+                    self.layers[command.chunk] = set(range(len(self.windows)))
                     self.at(self.token_s * self.chunk_tokens, ev.ChunkComputed(chunk=command.chunk))
+                case ev.Discard():
+                    del self.layers[command.chunk], self.pages[command.chunk]
                 case ev.Ready():
+                    self._assert_sees_all(self.num_chunks)
                     assert all(log.state is ChunkState.FILLED for log in self.machine.chunks)
                     assert self.ready_at is None
                     self.ready_at = self.now
-                    self.at(self.tail_s, ev.FirstToken())
+                    self.at(self.tail_s, ev.FirstToken(position=self.num_chunks * self.chunk_tokens + 1))
                 case ev.Fail():
                     pass
+
+    def _assert_sees_all(self, chunk: int) -> None:
+        """Every key that a query from this chunk on sees stands in the pages, in every layer, token by token."""
+        query = chunk * self.chunk_tokens
+        for layer, window in enumerate(self.windows):
+            for key in range(0 if window is None else max(0, query - window + 1), query):
+                assert layer in self.layers.get(key // self.chunk_tokens, ()), (chunk, layer, key)
 
     def _decoded(self, command: ev.Decode) -> Callable[[], None]:
         def done() -> None:
             self.pages[command.chunk] = command.level
-            self.tell(ev.BlobDecoded(chunk=command.chunk, seconds=self.decode_s))
+            every = range(len(self.windows))
+            self.layers[command.chunk] = set(every if command.layers is None else command.layers)
+            if command.layers != ():
+                assert len(command.blob) == self.size(part_name(command.level, command.layers))
+            share = self.machine.chunks[command.chunk].share
+            self.tell(ev.BlobDecoded(chunk=command.chunk, seconds=share * self.decode_s))
 
         return done
 
@@ -184,9 +210,12 @@ class World:
             elif self.ready_at is not None and self.now < self.ttft_s_reached:
                 return self.at(self.ttft_s_reached - self.now, done)  # not during the tail
             if command.coarse is not None:
-                assert len(command.coarse) == SIZES[self.pages[command.chunk]], "refined what is not in the pages"
+                coarse = part_name(self.pages[command.chunk], command.layers)
+                assert len(command.coarse) == self.size(coarse), "refined what is not in the pages"
             self.pages[command.chunk] = command.level
-            blob = bytes(SIZES[command.level]) if command.level in NESTED else None
+            blob = bytes(self.size(part_name(command.level, command.layers))) if command.level in NESTED else None
+            every = set(range(len(self.windows)))
+            assert self.layers[command.chunk] == (every if command.layers is None else set(command.layers))
             self.tell(ev.Refined(chunk=command.chunk, seconds=self.decode_s, after_tokens=tokens, blob=blob))
             return None
 
@@ -211,8 +240,10 @@ class World:
             self._start_part(source, max(latency_s, (wish[2] + 1) * self.live_chunk_s - self.now))
 
     def size(self, level: str) -> int:
+        level, layers = split_part(level)
         have, level = split_level(level)
-        return SIZES[level] - (SIZES[have] if have is not None else 0)
+        whole = SIZES[level] - (SIZES[have] if have is not None else 0)
+        return whole if layers is None else whole * len(layers) // len(self.windows)
 
     def _start_part(self, source: int, extra_s: float = 0.0) -> None:
         pipe = self.pipes[source]

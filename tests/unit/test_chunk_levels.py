@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from codec_cases import make_kv, make_layout, make_profile, same_bits
 
-from codec.chunk import decode_chunk, encode_chunk, inspect_blob, refine_chunk
+from codec.chunk import cut_layers, decode_chunk, encode_chunk, inspect_blob, refine_blobs, refine_chunk, split_blobs
 from codec.errors import CodecError, WrongRefinement
 from codec.profile import Profile
 from prefill.chunk_levels import ChunkLevels
+from prefill.chunks import part_name
 from prefill.prompt import FreshChunk
 from prefill.store import ChunkStore
 
@@ -24,6 +27,10 @@ class Codec:
     """What ChunkLevels needs of a runtime."""
 
     profile: Profile
+
+    @property
+    def model(self) -> Any:
+        return SimpleNamespace(layout=SimpleNamespace(num_layers=make_layout().num_layers))
 
     def encode(self, k: torch.Tensor, v: torch.Tensor, *, start: int, level: str) -> bytes:
         return encode_chunk(k, v, level=level, profile=self.profile, rope=None)
@@ -173,3 +180,38 @@ def test_raw_comes_from_the_master_and_is_exact(levels: ChunkLevels, kv: tuple) 
 def test_what_is_not_stored_is_none(levels: ChunkLevels) -> None:
     for level in ("q1", "q3>q1", "raw", "lossless"):
         assert levels.blob(b"another", level, start=0, stop=TOKENS, fresh=None) is None
+
+
+@pytest.mark.parametrize("level", ["raw", "lossless", "q1", "q3"])
+def test_some_layers_are_cut_from_what_is_kept_whole(levels: ChunkLevels, kv: tuple, level: str) -> None:
+    for fresh in (kv, None):
+        whole, some = blob(levels, level, fresh), blob(levels, part_name(level, [1]), fresh)
+        assert some == cut_layers(whole, profile=levels._runtime.profile, layers=[(1, 2)])
+        assert [inspect_blob(part).layers for part in split_blobs(some)] == [(1, 2)]
+        assert len(some) < 0.7 * len(whole)
+    num_encoded = levels.num_encoded
+    blob(levels, part_name(level, [0]))
+    assert levels.num_encoded == num_encoded
+    assert all(inspect_blob(levels._store.get(KEY, name)).layers == (0, 2) for name in levels._store.sizes(KEY))
+
+
+def test_refinements_of_some_layers_continue_them(levels: ChunkLevels) -> None:
+    coarse, rest = blob(levels, part_name("q3", [1])), blob(levels, part_name("q3>q1", [1]))
+    assert refine_blobs(coarse, rest) == blob(levels, part_name("q1", [1]))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("q1/4", "no layer 2"),
+        ("q1/ffff", "no layer 15"),
+        ("q1/0", "hexadecimal"),
+        ("q9/1", "no level"),
+        ("q1/", "hexa"),
+    ],
+)
+def test_layers_that_cannot_be_asked_for_are_said_clearly(levels: ChunkLevels, name: str, reason: str) -> None:
+    found = levels.check(name)
+    assert found is not None and reason in found
+    with pytest.raises(CodecError):
+        levels.blob(KEY, name, start=0, stop=TOKENS, fresh=None)

@@ -18,12 +18,15 @@ from codec import bitstream
 from codec.bitstream import CRC_BYTES, HEADER_BYTES
 from codec.chunk import (
     cut_chunk,
+    cut_layers,
     decode_chunk,
     encode_chunk,
     inspect_blob,
     level_sizes,
+    refine_blobs,
     refine_chunk,
     refinement_of,
+    split_blobs,
 )
 from codec.errors import (
     BlobError,
@@ -410,3 +413,56 @@ def test_level_sizes_are_those_of_the_cuts_and_of_no_finer_level() -> None:
         sizes = level_sizes(blob, profile=profile)
         assert set(sizes) == expected
         assert sizes == {name: len(cut_chunk(blob, profile=profile, level=name)) for name in expected}
+
+
+# -- several ranges of layers, one behind another ------------------------------------------------------------------
+
+RUNS = [(0, 1), (2, 3)]
+
+
+@PROFILES
+@pytest.mark.parametrize("level", ["raw", *CODED])
+def test_layers_cut_one_behind_another_decode_to_theirs(profile: Profile, level: str) -> None:
+    whole = encode(profile, level)
+    parts = split_blobs(cut_layers(whole, profile=profile, layers=RUNS))
+    assert [inspect_blob(part).layers for part in parts] == RUNS
+    for part, run in zip(parts, RUNS, strict=True):
+        assert bytes(part) == cut_chunk(whole, profile=profile, layers=run)
+        for ours, theirs in zip(decode(part, profile), decode(whole, profile, layers=run), strict=True):
+            assert same_bits(ours, theirs)
+    assert split_blobs(cut_layers(whole, profile=profile, layers=[(0, LAYERS)])) == [whole]
+
+
+@PROFILES
+def test_refinements_of_layers_restore_their_finer_blobs(profile: Profile) -> None:
+    finest, *_, coarsest = lossy_levels(profile)
+    whole = encode(profile, finest)
+    coarse = cut_layers(whole, profile=profile, layers=RUNS, level=coarsest)
+    rest = cut_layers(whole, profile=profile, layers=RUNS, level=finest, have=coarsest)
+    assert refine_blobs(coarse, rest) == cut_layers(whole, profile=profile, layers=RUNS)
+    for wrong in (
+        cut_layers(whole, profile=profile, layers=RUNS[:1], level=finest, have=coarsest),
+        cut_layers(whole, profile=profile, layers=[(0, LAYERS)], level=finest, have=coarsest),
+        cut_layers(encode(profile, finest, seed=1), profile=profile, layers=RUNS, level=finest, have=coarsest),
+    ):
+        with pytest.raises(WrongRefinement):
+            refine_blobs(coarse, wrong)
+
+
+def test_blobs_one_behind_another_are_checked() -> None:
+    whole = encode(SHIPPED, "q1")
+    some = cut_layers(whole, profile=SHIPPED, layers=RUNS)
+    assert split_blobs(b"") == []
+    with pytest.raises(TruncatedBlob):
+        split_blobs(some[:-1])
+    with pytest.raises(BlobError):
+        split_blobs(some + b"\0")
+    for layers in ([], [(0, 1), (1, 2)], [(2, 3), (0, 1)], [(0, 2), (1, 3)]):
+        with pytest.raises(CodecError, match="ascending ranges"):
+            cut_layers(whole, profile=SHIPPED, layers=layers)
+    with pytest.raises(CodecError):
+        cut_layers(whole, profile=SHIPPED, layers=[(2, LAYERS + 1)])
+    damaged = bytearray(whole)
+    damaged[-20] ^= 1
+    with pytest.raises(ChecksumMismatch):
+        cut_layers(damaged, profile=SHIPPED, layers=RUNS)

@@ -238,6 +238,13 @@ def test_a_prompt_without_chunks() -> None:
     assert "exact" in text and "Chunks" not in text and "Bytes" not in text
 
 
+def test_layers_that_windows_left_out_are_counted() -> None:
+    chunks = [chunk(layers=layers) for layers in (0, 0, 4, None)]
+    text = " ".join(text_of(receipt_with(chunks=chunks, chunks_in_part=3)).split())
+    assert "Layers 3 of 4 chunks in part: sliding windows have left the other layers; of 2 of these nothing" in text
+    assert "Layers" not in text_of(receipt_with(chunks=chunks, chunks_in_part=0))
+
+
 def test_quality_that_nothing_is_known_of() -> None:
     assert "see `kvstream calibrate`" in text_of(receipt_with(promised_kl=None, mean_promised_kl=None))
     unknown = {"at_first_token": None, "at_end": 0.0, "generated_on": None}

@@ -177,3 +177,14 @@ class Pages(RuleBasedStateMachine):
 
 Pages.TestCase.settings = settings(max_examples=150, stateful_step_count=30)
 TestPages = Pages.TestCase
+
+
+def test_a_block_that_lacks_layers_is_known_until_it_is_filled_anew(pages: PageQuality) -> None:
+    pages.filled([1, 2], 0.0, whole_from=70)
+    pages.filled([3], 0.0, whole_from=90)
+    pages.filled([4], 0.0)
+    assert [pages.whole_from(blocks) for blocks in ([4, 1], [1, 3, 2], [4], [])] == [70, 90, 0, 0]
+    assert pages.meets([1, 2, 3], 0.0), "whoever has it lacks nothing that it needs"
+    pages.filled([1], 0.1)
+    pages.released([2])
+    assert pages.whole_from([1, 2]) == 0 and pages.whole_from([3]) == 90

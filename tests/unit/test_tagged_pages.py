@@ -13,12 +13,15 @@ from codec.profile import Promise
 from decode.tagged_pages import PageTable, TaggedPages
 from prefill.block_pool import BlockPool, PoolExhausted
 from prefill.page_quality import PageQuality
+from prefill.window_layers import layers_seen
 
 CHUNK = 32
 KL = {"lossless": 0.0, "q1": 0.01, "q2": 0.03, "q3": 0.1}
 
 
-def tagged_pages(num_blocks: int = 64, ttl_s: float | None = None) -> TaggedPages:
+def tagged_pages(
+    num_blocks: int = 64, ttl_s: float | None = None, windows: tuple[int | None, ...] = (40, 40)
+) -> TaggedPages:
     profile = SimpleNamespace(
         level_names=(*KL, "q9"), promise={**{name: Promise(kl=kl) for name, kl in KL.items()}, "q9": Promise()}
     )
@@ -26,7 +29,7 @@ def tagged_pages(num_blocks: int = 64, ttl_s: float | None = None) -> TaggedPage
         pool=SimpleNamespace(write=lambda *_: None),
         allocator=BlockPool(num_blocks, ttl_s=ttl_s),
         profile=profile,
-        model=SimpleNamespace(fingerprint="f"),
+        model=SimpleNamespace(fingerprint="f", layout=SimpleNamespace(windows=windows)),
     )
     return TaggedPages(runtime, chunk_tokens=CHUNK)
 
@@ -267,3 +270,90 @@ def test_pages_that_are_given_away_lose_their_tags() -> None:
     compute(pages, other, 120)
     assert pages.worst_kl(other.blocks, 0, 120) == 0.0
     pages.check_integrity([other.blocks])
+
+
+def test_pages_that_lack_layers_are_shared_behind_their_windows_only() -> None:
+    pages = tagged_pages(windows=(None, 40))
+    tokens = list(range(5 * CHUNK))
+    table = begin(pages, tokens)
+    pages.loaded(table.blocks, 0, CHUNK, "lossless")
+    pages.loaded(table.blocks, CHUNK, 2 * CHUNK, "lossless", layers=(0,))  # seen until 2 * CHUNK + 38 in the other one
+    pages.computed(table.blocks, 2 * CHUNK, 5 * CHUNK)
+    pages.share(table, 5 * CHUNK)
+    whole = [pages.is_whole(table.blocks, at * CHUNK, (at + 1) * CHUNK) for at in range(5)]
+    assert whole == [True, False, True, True, True]
+    cached = {}
+    for length in range(CHUNK, 5 * CHUNK, 16):
+        other = begin(pages, [*tokens[:length], 7])
+        cached[length], _ = other.cached_tokens, pages.release(other)
+    behind = 2 * CHUNK + 39
+    assert cached == {length: length if length >= behind else CHUNK for length in cached}
+    # Who had it whole takes its place, with what continues it.
+    better = private(pages, 5 * CHUNK)
+    better.chain, better.max_kl = pages.chain(tokens, ""), 0.0
+    compute(pages, better, 3 * CHUNK)
+    other = begin(pages, [*tokens[: 2 * CHUNK], 7])
+    assert other.cached_tokens == 2 * CHUNK and pages.is_whole(other.blocks, 0, 2 * CHUNK)
+    for held in (table, better, other):
+        pages.release(held)
+    pages.check_integrity([])
+
+
+def test_who_has_less_of_what_is_there_whole_goes_on_with_that() -> None:
+    pages = tagged_pages(windows=(40, 40))
+    tokens = list(range(3 * CHUNK))
+    whole, part = begin(pages, tokens), begin(pages, tokens)
+    pages.loaded(part.blocks, 0, CHUNK, "q3", layers=())  # nobody sees it: no loss
+    pages.computed(part.blocks, CHUNK, 3 * CHUNK)
+    assert pages.worst_kl(part.blocks, 0, 3 * CHUNK) == 0.0
+    compute(pages, whole, 3 * CHUNK)
+    pages.share(part, 3 * CHUNK)
+    assert part.blocks == whole.blocks and pages.is_whole(part.blocks, 0, 3 * CHUNK)
+    for held in (whole, part):
+        pages.release(held)
+    pages.check_integrity([])
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_no_prefix_that_is_found_lacks_what_is_seen_behind_it(seed: int) -> None:
+    rng = random.Random(seed)
+    windows = tuple(rng.choice([None, 1, rng.randint(2, 40), rng.randint(2, 120)]) for _ in range(3))
+    pages = tagged_pages(200, windows=windows)
+    tokens = list(range(6 * CHUNK))
+    layers_of: dict[int, set[int]] = {}  # by block
+    for _ in range(8):
+        length = rng.randint(1, 6 * CHUNK)
+        table = begin(pages, [*tokens[:length], 1000 + rng.randrange(3)])
+        start = table.cached_tokens
+        for layer, window in enumerate(windows):  # what its first query sees of what was found
+            first = 0 if window is None else max(0, start - window + 1)
+            assert all(layer in layers_of[table.blocks[key // 16]] for key in range(first, start)), seed
+        num_loaded = length // CHUNK * CHUNK
+        for begins in range(start // CHUNK * CHUNK, num_loaded, CHUNK):
+            ends = begins + CHUNK
+            layers = set(layers_seen(windows, begins, ends, first_query=num_loaded))
+            if rng.random() < 0.3:
+                layers = set(range(3))
+            for block in table.blocks[max(start, begins) // 16 : ends // 16]:
+                layers_of[block] = layers
+            named = None if len(layers) == 3 else tuple(sorted(layers))
+            pages.loaded(table.blocks, max(start, begins), ends, "lossless", layers=named)
+        begins = max(start, num_loaded)
+        for block in table.blocks[begins // 16 :]:
+            layers_of[block] = set(range(3))
+        pages.computed(table.blocks, begins, length + 1)
+        before = list(table.blocks)
+        pages.share(table, length + 1)
+        for mine, other in zip(before, table.blocks, strict=True):  # what it goes on with lacks no more
+            assert mine == other or layers_of[mine] <= layers_of[other]
+        pages.release(table)
+        pages.check_integrity([])
+
+
+def test_what_is_discarded_has_no_tag_and_what_is_computed_there_is_exact() -> None:
+    pages = tagged_pages()
+    table = begin(pages, list(range(2 * CHUNK)))
+    pages.loaded(table.blocks, 0, CHUNK, "q3", layers=(1,))
+    pages.discarded(table.blocks, 0, CHUNK)
+    pages.computed(table.blocks, 0, CHUNK)
+    assert pages.worst_kl(table.blocks, 0, CHUNK) == 0.0 and pages.is_whole(table.blocks, 0, CHUNK)
