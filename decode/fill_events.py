@@ -89,6 +89,18 @@ class ChunkComputed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FrontLoaded:
+    """The front that is kept here stands in the pages."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontRejected:
+    """It is not there any more, or of no use: its tokens are computed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkRefused:
     """The source cannot give this chunk; the others it can."""
 
@@ -118,7 +130,7 @@ class Tick:
 
 Event = (
     Opened | PartArrived | BlobArrived | BlobDecoded | BlobRejected | Refined | RefinementRejected | ChunkComputed
-    | ChunkRefused | SourceLost | FirstToken | Tick
+    | FrontLoaded | FrontRejected | ChunkRefused | SourceLost | FirstToken | Tick
 )  # fmt: skip
 
 
@@ -175,6 +187,11 @@ class Compute:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFront:
+    """Put the front that is kept here into the pages: FrontLoaded or FrontRejected follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """All chunks are in place: run the tail."""
 
@@ -186,4 +203,4 @@ class Fail:
     status: int = 502
 
 
-Command = Open | Ask | Withdraw | Decode | Refine | Compute | Ready | Fail
+Command = Open | Ask | Withdraw | Decode | Refine | Compute | LoadFront | Ready | Fail

@@ -19,8 +19,10 @@ from decode.estimator import CodecEstimator, ComputeEstimator
 from decode.fill import FillMachine
 from decode.fill_loading import EngineLoad, FillSpec
 from decode.link_scheduler import Kind, LinkScheduler, LinkShare, priority
+from decode.stored_front import StoredFront
 from decode.transfer_events import fill_event
 from prefill.runtime import ModelRuntime
+from prefill.store import MASTER_LEVEL
 from transport import events as wire
 from transport.curve import CurveKeys
 from transport.errors import TransportError
@@ -62,7 +64,7 @@ class PullOwner(Protocol):
 @dataclass(slots=True, kw_only=True, eq=False)
 class Fill:
     """A prompt being filled, and then refined. `opened_at` is when the first source answered. `transfers`: by index of
-    the source, those that are open."""
+    the source, those that are open. `front`: what FillSpec.front_stop is about."""
 
     key: str
     machine: FillMachine
@@ -70,6 +72,7 @@ class Fill:
     body: dict[str, Any]
     sources: Sequence[Source]
     shares: Sequence[LinkShare]
+    front: StoredFront | None = None
     transfers: dict[int, str] = field(default_factory=dict)
     opened_at: float | None = None
 
@@ -120,6 +123,7 @@ class KVPuller:
         max_kl: float,
         link_prior_bps: float,
         now: float,
+        front: StoredFront | None = None,
     ) -> Fill:
         """Begin to fill; the owner is told when the pages are ready or cannot be. max_kl: stored KV whose promise is
         worse does not count."""
@@ -146,7 +150,9 @@ class KVPuller:
         body["holders"] = [
             {"endpoint": source.endpoint, "public_key": source.public_key} for source in sources if source.is_holder
         ]
-        fill = Fill(key=key, machine=machine, block_table=block_table, body=body, sources=sources, shares=shares)
+        fill = Fill(
+            key=key, machine=machine, block_table=block_table, body=body, sources=sources, shares=shares, front=front
+        )
         self._fills[key] = fill
         self._owner.fill_begins(fill)
         self._feed(fill, None, now)
@@ -261,8 +267,10 @@ class KVPuller:
                 case ev.Decode() | ev.Refine():
                     self._decode(fill, command)
                 case ev.Compute():
-                    start, stop = fill.machine.spec.to_compute(command.chunk)
+                    start, stop = fill.machine.to_compute(command.chunk)
                     self._owner.compute_chunk(fill.key, command.chunk, start, stop)
+                case ev.LoadFront():
+                    self._load_front(fill, command)
                 case ev.Ready():
                     self._owner.fill_ready(fill.key, now)
                 case ev.Fail():
@@ -289,6 +297,23 @@ class KVPuller:
         )
         self._owner.pin(fill.key)
         self._decoder.put(job, urgency=priority(kind, machine.spec.deadline))
+
+    def _load_front(self, fill: Fill, command: ev.LoadFront) -> None:
+        front, machine = fill.front, fill.machine
+        assert front is not None
+        job = Job(
+            fill=fill,
+            command=command,
+            start=front.start,
+            stop=front.stop,
+            cached_tokens=machine.spec.cached_tokens,
+            base_kl=front.kl,
+            block_table=fill.block_table,
+            is_wanted=lambda: not machine.done,
+            front=front,
+        )
+        self._owner.pin(fill.key)
+        self._decoder.put(job, urgency=priority(Kind.BASE, machine.spec.deadline))
 
     def _tell_source(self, fill: Fill, command: ev.Ask | ev.Withdraw) -> None:
         transfer_id = fill.transfers.get(command.source)
@@ -346,6 +371,8 @@ class KVPuller:
             self.counters["kv_bad_blobs_total"] += outcome.is_bad
             if self._fills.get(fill.key) is not fill or outcome.was_skipped:
                 pass  # the request ended meanwhile; its pages may be another's as soon as they are unpinned
+            elif isinstance(command, ev.LoadFront):
+                self._on_front(fill, job, outcome, now)
             elif outcome.error:
                 rejected = ev.BlobRejected if is_base else ev.RefinementRejected
                 self._feed(fill, rejected(chunk=command.chunk, reason=outcome.error), now)
@@ -356,3 +383,11 @@ class KVPuller:
                 self._owner.chunk_loaded(fill.key, start, job.stop, command.level, job.base_kl)
                 self._feed(fill, ev.BlobDecoded(chunk=command.chunk, seconds=outcome.seconds), now)
             self._owner.unpin(fill.key)
+
+    def _on_front(self, fill: Fill, job: Job, outcome: Outcome, now: float) -> None:
+        if outcome.error:
+            self._feed(fill, ev.FrontRejected(reason=outcome.error), now)
+            return
+        start = max(job.start, job.cached_tokens)
+        self._owner.chunk_loaded(fill.key, start, job.stop, MASTER_LEVEL, job.base_kl)
+        self._feed(fill, ev.FrontLoaded(), now)
