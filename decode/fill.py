@@ -241,6 +241,8 @@ class FillMachine:
         self._codec.observe(log.level, event.seconds)
         self._fill(event.chunk, now)
         self.upgrades.add(event.chunk)
+        assert log.source is not None
+        self.sources[log.source].used(now)
 
     def _fill(self, chunk: int, now: float) -> None:
         self.table.move(chunk, ChunkState.FILLED).filled_at = now

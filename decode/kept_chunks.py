@@ -15,8 +15,7 @@ from prefill.front_index import MIN_FRONT_TOKENS
 from prefill.kv_source import KVSource
 from prefill.prompt import FreshChunk
 from prefill.runtime import ModelRuntime
-
-LOOPBACK_BPS = 8e9  # what the way to the own store is taken for until it was measured
+from transport.local_transfers import LOCAL_BPS
 
 
 class KeptChunks:
@@ -47,8 +46,9 @@ class KeptChunks:
                 id=self._worker_id,
                 endpoint=self._source.endpoint,
                 public_key=self._public_key,
-                link_prior_bps=LOOPBACK_BPS,
+                link_prior_bps=LOCAL_BPS,
                 is_holder=True,
+                is_own=True,
             )
         ]
 

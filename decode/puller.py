@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -27,6 +27,7 @@ from transport import events as wire
 from transport.curve import CurveKeys
 from transport.errors import TransportError
 from transport.kv_client import KVClient
+from transport.local_transfers import LocalTransfers
 
 log = logging.getLogger("kvstream.decode")
 
@@ -37,7 +38,7 @@ TICK_S = 0.02  # how often silence is looked at while something is being filled
 class Source:
     """A worker that may have the KV, as the routing table names it. link_prior_bps: what its link is taken for until
     something was seen of it; None: the policy says. is_holder: the index says that it has some of the prompt.
-    stored_only: it shall not compute what it has not."""
+    stored_only: it shall not compute what it has not. is_own: it is the worker itself, reached without a socket."""
 
     id: str
     endpoint: str
@@ -45,6 +46,7 @@ class Source:
     link_prior_bps: float | None = None
     is_holder: bool = False
     stored_only: bool = False
+    is_own: bool = False
 
 
 class PullOwner(Protocol):
@@ -90,8 +92,10 @@ class KVPuller:
         owner: PullOwner,
         lock: threading.Condition,
         curve: CurveKeys | None = None,
+        own: Callable[[], LocalTransfers | None] = lambda: None,
     ) -> None:
-        self._owner, self._lock = owner, lock
+        """own: the way to the worker's own store, if it has one."""
+        self._owner, self._lock, self._own = owner, lock, own
         self._compute, self._codec = compute, codec
         self._links = LinkScheduler()
         self._fills: dict[str, Fill] = {}
@@ -144,6 +148,8 @@ class KVPuller:
             codec=self._codec,
             load=lambda: self._owner.engine_load(key),
         )
+        for source, known in zip(sources, machine.sources):
+            known.waits_for_use = source.is_own
         body = {"token_ids": list(token_ids), "chunk_tokens": spec.chunk_tokens, "cache_salt": cache_salt}
         body["max_kl"] = max_kl
         # A source that computes the rest may fetch from these what it has not.
@@ -211,7 +217,11 @@ class KVPuller:
             # A source looks at the first of the others: not at itself.
             holders = [holder for holder in fill.body["holders"] if holder["endpoint"] != source.endpoint]
             body = {**fill.body, "holders": holders, "stored_only": source.stored_only}
-            transfer_id = self._client.open(source.endpoint, body, server_public_key=source.public_key)
+            own = self._own() if source.is_own else None
+            if own is not None:
+                transfer_id = own.open(body, self._on_event)
+            else:
+                transfer_id = self._client.open(source.endpoint, body, server_public_key=source.public_key)
         except TransportError as error:
             return str(error)
         fill.transfers[index] = transfer_id
@@ -221,8 +231,13 @@ class KVPuller:
     def _close(self, fill: Fill, index: int, reason: str) -> None:
         transfer_id = fill.transfers.pop(index, None)
         if transfer_id is not None:
-            self._client.close(transfer_id, reason)
+            self._link(transfer_id).close(transfer_id, reason)
             del self._by_transfer[transfer_id]
+
+    def _link(self, transfer_id: str) -> KVClient | LocalTransfers:
+        """What a transfer goes over."""
+        own = self._own()
+        return own if own is not None and transfer_id in own else self._client
 
     def _forget(self, fill: Fill, reason: str) -> None:
         del self._fills[fill.key]
@@ -251,6 +266,9 @@ class KVPuller:
             elif len(source.refused) == fill.machine.spec.num_chunks - fill.machine.spec.num_cached:
                 # Withdrawn chunks do not stop a source that computes the prompt; the end of the transfer does.
                 self._close(fill, source.index, "it can give no chunk")
+            elif fill.sources[source.index].is_own and (own := self._own()) is not None:
+                in_hand = len(fill.machine.table.decoding) + fill.machine.upgrades.num_here
+                own.set_in_hand(fill.transfers.get(source.index, ""), in_hand)
         if fill.machine.done and self._fills.get(fill.key) is fill:
             self._forget(fill, "complete")
 
@@ -322,9 +340,9 @@ class KVPuller:
         try:
             if isinstance(command, ev.Ask):
                 urgency = priority(command.kind, fill.machine.spec.deadline)
-                self._client.request(transfer_id, command.chunk, command.level, priority=urgency)
+                self._link(transfer_id).request(transfer_id, command.chunk, command.level, priority=urgency)
             else:
-                self._client.withdraw(transfer_id, command.chunk)
+                self._link(transfer_id).withdraw(transfer_id, command.chunk)
         except TransportError as error:
             log.debug("%s: %s; TransferLost is on its way", fill.key, error)
 

@@ -99,6 +99,7 @@ class DecodeWorker:
             owner=self,
             lock=self._lock,
             curve=curve,
+            own=lambda: None if self.source is None else self.source.local,
         )
         self._engine = EngineLoop(
             runtime,
