@@ -55,6 +55,7 @@ class FillMachine:
         self.upgrades = Upgrades(self.table, self.sources)
         self.front = FrontState.KEPT if spec.front_stop else FrontState.ABSENT
         self.front_at: float | None = None  # when it was in place
+        self.front_s: float | None = None  # what that took
         assert not (spec.front_stop and spec.replay is not None), "a plan that is given shares nothing"
         self.reasons: list[tuple[float, str]] = []
         self.plan: Plan | None = None
@@ -106,7 +107,7 @@ class FillMachine:
                 self.chunks[event.chunk].level = TEXT
                 self._fill(event.chunk, now)
             case ev.FrontLoaded():
-                self.front, self.front_at = FrontState.IN_PLACE, now
+                self.front, self.front_at, self.front_s = FrontState.IN_PLACE, now, event.seconds
                 commands += self._after_front()
             case ev.FrontRejected():
                 self._note(now, f"part of a stored chunk: computed ({event.reason})")

@@ -408,4 +408,4 @@ class KVPuller:
             return
         start = max(job.start, job.cached_tokens)
         self._owner.chunk_loaded(fill.key, start, job.stop, MASTER_LEVEL, job.base_kl)
-        self._feed(fill, ev.FrontLoaded(), now)
+        self._feed(fill, ev.FrontLoaded(seconds=outcome.seconds), now)

@@ -66,6 +66,7 @@ def build_receipt(
         "chunk_tokens": chunk_tokens,
         "cached_tokens": fill.spec.cached_tokens,
         "partial_tokens": fill.num_front_tokens,
+        "partial_decode_ms": between(0.0, fill.front_s),
         "tail_tokens": prompt_tokens - max(chunk_tokens * len(fill.chunks), fill.spec.cached_tokens, fill.front_stop),
         "levels": dict(Counter(at_first)),
         "levels_at_end": dict(Counter(at_end)),

@@ -4,20 +4,19 @@ The links of an entry (KeyChain.links, one every 16 tokens) stand for all tokens
 link in common are equal up to there, and how far they are equal is how many links they share.
 
 Entries are found by their links at 32, 64, 128, 256, ... tokens: a sequence looks for its own link at the last of these
-marks, then at the one before. Under a mark stand all entries that are equal up to it; the newest of them are compared.
-So where very many begin alike, no more is missed than some of the tokens between two marks.
+marks, then at the one before. Under a mark stand the newest of the entries that are equal up to it, and all of these
+are compared. So where very many begin alike, some of the tokens from one mark to the next may be missed.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import islice
 
 from prefill.chunks import KEY_BYTES, LINK_TOKENS
 from prefill.tier_index import ChunkMeta
 
 MIN_FRONT_TOKENS = 32  # in common, to be found
-MAX_COMPARED = 64  # under one mark
+MAX_COMPARED = 64  # kept under one mark
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +34,7 @@ class FrontIndex:
 
     def __init__(self) -> None:
         self._metas: dict[bytes, ChunkMeta] = {}
-        self._at_mark: dict[bytes, dict[bytes, None]] = {}  # keys by link, oldest first
+        self._at_mark: dict[bytes, tuple[bytes, ...]] = {}  # keys by link: the newest ones, oldest first
         self._tails: dict[bytes, bytes] = {}  # keys by their last link
 
     def __len__(self) -> int:
@@ -49,7 +48,8 @@ class FrontIndex:
         self.remove(key)
         self._metas[key] = meta
         for mark in _marks(meta.links):
-            self._at_mark.setdefault(_link(meta.links, mark), {})[key] = None
+            link = _link(meta.links, mark)
+            self._at_mark[link] = (*self._at_mark.get(link, ())[1 - MAX_COMPARED :], key)
         if meta.is_tail:
             self._tails[meta.links[-KEY_BYTES:]] = key
 
@@ -59,10 +59,10 @@ class FrontIndex:
         if meta is None:
             return None
         for mark in _marks(meta.links):
-            found = self._at_mark[_link(meta.links, mark)]
-            del found[key]
-            if not found:
-                del self._at_mark[_link(meta.links, mark)]
+            link = _link(meta.links, mark)
+            left = tuple(other for other in self._at_mark.pop(link, ()) if other != key)
+            if left:
+                self._at_mark[link] = left
         if self._tails.get(meta.links[-KEY_BYTES:]) == key:
             del self._tails[meta.links[-KEY_BYTES:]]
         return meta
@@ -72,7 +72,7 @@ class FrontIndex:
         begins with 32 tokens of them."""
         for mark in _marks(links):
             best: Front | None = None
-            for key in islice(reversed(self._at_mark.get(_link(links, mark), {})), MAX_COMPARED):
+            for key in reversed(self._at_mark.get(_link(links, mark), ())):
                 meta = self._metas[key]
                 num_tokens = _num_common(meta.links, links, mark) * LINK_TOKENS
                 if meta.kl <= max_kl and (best is None or num_tokens > best.num_tokens):
@@ -91,7 +91,8 @@ class FrontIndex:
     def check_integrity(self) -> None:
         metas = self._metas.items()
         found = {(link, key) for link, keys in self._at_mark.items() for key in keys}
-        assert found == {(_link(meta.links, mark), key) for key, meta in metas for mark in _marks(meta.links)}
+        known = {(_link(meta.links, mark), key) for key, meta in metas for mark in _marks(meta.links)}
+        assert found <= known and all(0 < len(keys) <= MAX_COMPARED for keys in self._at_mark.values())
         assert self._tails == {meta.links[-KEY_BYTES:]: key for key, meta in metas if meta.is_tail}
 
 

@@ -35,6 +35,7 @@ from transport.local_transfers import LocalTransfers
 log = logging.getLogger("kvstream.prefill")
 
 MAX_FRESH_CHUNKS = 32  # computed and not yet in the store
+MAX_BEFORE_TAIL = 8  # more of them, and a tail is not worth the encoder's time
 
 
 class KVSource:
@@ -125,7 +126,8 @@ class KVSource:
         with self._lock:
             if not self._wants(key, chunk.kl):
                 return True
-            if self._stopping or len(self._fresh) >= MAX_FRESH_CHUNKS:
+            most = MAX_BEFORE_TAIL if chunk.is_tail else MAX_FRESH_CHUNKS
+            if self._stopping or len(self._fresh) >= most:
                 self._counters["unkept_chunks_total"] += 1
                 return False
             self._add_fresh(key, chunk)

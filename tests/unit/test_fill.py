@@ -970,14 +970,14 @@ def test_the_tails_front_is_loaded_while_the_source_answers_and_waited_for() -> 
     tell(fill, stored(2), 0.001)
     place(fill, 1, "lossless", 0.01)
     assert Ready() not in place(fill, 0, "lossless", 0.02) and not fill.ready
-    assert tell(fill, FrontLoaded(), 0.03) == [Ready()]
+    assert tell(fill, FrontLoaded(seconds=0.002), 0.03) == [Ready()]
     assert (fill.front_stop, fill.num_front_tokens, fill.front_at) == (160, 32, 0.03)
     assert fill.done
 
 
 def test_a_front_that_is_there_first_changes_nothing_about_the_chunks() -> None:
     fill, _ = opened(num_chunks=2, front_stop=2 * 64 + 32, target_s=0.0)
-    assert Ready() not in tell(fill, FrontLoaded(), 0.002)
+    assert Ready() not in tell(fill, FrontLoaded(seconds=0.002), 0.002)
     place(fill, 1, "lossless", 0.01)
     assert Ready() in place(fill, 0, "lossless", 0.02)
 
@@ -996,7 +996,7 @@ def test_of_a_chunk_that_is_there_in_part_the_rest_is_computed(is_there: bool) -
     assert fill.to_compute(1) == (80, 128)
     assert tell(fill, ChunkComputed(chunk=1), 0.1) == [LoadFront()]
     assert fill.table.computing == 2, "nobody else sees to it meanwhile"
-    answer = FrontLoaded() if is_there else FrontRejected(reason="damaged")
+    answer = FrontLoaded(seconds=0.002) if is_there else FrontRejected(reason="damaged")
     assert tell(fill, answer, 0.2) == [Compute(chunk=2)]
     assert fill.to_compute(2) == (160 if is_there else 128, 192)
     assert fill.num_front_tokens == (32 if is_there else 0)
@@ -1005,7 +1005,7 @@ def test_of_a_chunk_that_is_there_in_part_the_rest_is_computed(is_there: bool) -
 
 def test_a_front_of_which_part_is_in_the_pages_counts_for_the_rest() -> None:
     fill = machine(num_chunks=1, num_sources=0, cached_tokens=64 + 16, front_stop=64 + 48, target_s=0.0)
-    assert fill.start(0.0) == [LoadFront()] and tell(fill, FrontLoaded(), 0.1) == [Ready()]
+    assert fill.start(0.0) == [LoadFront()] and tell(fill, FrontLoaded(seconds=0.002), 0.1) == [Ready()]
     assert fill.num_front_tokens == 32
 
 
