@@ -15,6 +15,7 @@ from decode.requests import GenerationRequest
 from decode.sampling_state import SamplingState
 from decode.scheduler import Phase, Sequence
 from decode.slo import SLOPolicy
+from decode.stored_front import StoredFront
 from decode.tagged_pages import PageTable, TaggedPages
 from prefill.chunks import KeyChain
 from prefill.page_quality import EXACT
@@ -27,7 +28,9 @@ class ActiveRequest:
     these, those before the tail. new_pages: refined chunks that wait for the end of the engine's step.
     chain: the keys of its tokens so far. max_kl: see decode.tagged_pages.PageTable. pages: while it is admitted.
     cached_kl: the worst promise of the KV that was there then; first_kl: that of all pages when the first token was
-    computed. first_fill, first_sources: those of the first token. sampling: what it needs from token to token."""
+    computed. first_fill, first_sources: those of the first token. sampling: what it needs from token to token. front: a
+    part of a stored chunk that is to be loaded, or was. is_answering: all that was to be filled is, and more is
+    computed token by token."""
 
     request: GenerationRequest
     policy: SLOPolicy
@@ -47,6 +50,8 @@ class ActiveRequest:
     first_fill: Fill | None = None
     first_sources: list[Source] = field(default_factory=list)
     num_preempted: int = 0
+    front: StoredFront | None = None
+    is_answering: bool = False
 
     @property
     def max_total_tokens(self) -> int:
@@ -55,7 +60,11 @@ class ActiveRequest:
     @property
     def tail_start(self) -> int:
         """The first token of the tail."""
-        return max(self.loaded_tokens, 0 if self.pages is None else self.pages.cached_tokens)
+        return max(
+            self.loaded_tokens,
+            0 if self.pages is None else self.pages.cached_tokens,
+            0 if self.front is None else self.front.stop,
+        )
 
     @property
     def prompt_tokens(self) -> int:

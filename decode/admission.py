@@ -85,10 +85,13 @@ def fill_orders(
     source_computes: bool = True,
     cached_tokens: int = 0,
     is_accepted: bool = False,
+    front_stop: int = 0,
+    front_kl: float = 0.0,
 ) -> FillSpec:
     """How the prompt of a checked request is to be had. `policy`: the tenant's. num_chunks: if they are not those of
     the prompt. source_computes: whether one computes what is stored nowhere. cached_tokens: whose KV is there.
     is_accepted: the request was taken when there was no source; one that has come since does not turn it away.
+    front_stop, front_kl: see FillSpec.
 
     Raises RequestRefused: 503 if a level or a plan was asked for and there is no source, 400 if the plan does not fit,
     or if the policy forbids both every level that the request's floor allows and computing from text.
@@ -106,6 +109,8 @@ def fill_orders(
         deadline=now + (policy.ttft_s if request.ttft_s is None else request.ttft_s),
         tail_s=tail_s,
         cached_tokens=cached_tokens,
+        front_stop=front_stop,
+        front_kl=front_kl,
         may_load=has_source and num_chunks * limits.chunk_tokens > cached_tokens,
         infeasible=policy.infeasible,
         windows=limits.windows,

@@ -1,4 +1,5 @@
 """The thread that decodes blobs: base chunks straight into their pages, refinements into tensors of their own.
+Of a chunk in the worker's own store that is needed in part, it also reads the blob.
 
 What a first token waits for goes first. The thread also keeps the puller's time, because it sleeps when nothing comes.
 """
@@ -19,6 +20,7 @@ from torch import Tensor
 from codec.chunk import inspect_blob, refine_blobs, refine_chunk, split_blobs
 from codec.errors import CodecError, MalformedBlob
 from decode import fill_events as ev
+from decode.stored_front import StoredFront
 from decode.window_chunks import Layers
 from prefill.runtime import ModelRuntime
 
@@ -51,16 +53,17 @@ class NewPages:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """One blob of `fill`. cached_tokens: pages of the prompt before that are others' too, and are left as they are.
-    base_kl: the promise of what it was encoded from. is_wanted: asked when its turn has come."""
+    base_kl: the promise of what it was encoded from. is_wanted: asked when its turn has come. front: of a LoadFront."""
 
     fill: Any
-    command: ev.Decode | ev.Refine
+    command: ev.Decode | ev.Refine | ev.LoadFront
     start: int
     stop: int
     cached_tokens: int
     base_kl: float
     block_table: Sequence[int]
     is_wanted: Callable[[], bool]
+    front: StoredFront | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,16 +124,20 @@ class BlobDecoder:
             return Outcome(seconds=0.0, was_skipped=True)
         pages: NewPages | None = None
         try:
+            if job.front is not None:
+                is_there = job.front.into_pages(self._runtime, job.block_table, keep=job.cached_tokens)
+                return Outcome(seconds=time.monotonic() - begin, error="" if is_there else "it is not there any more")
             pages = self._into_place(job, begin)
         except CodecError as error:
             return Outcome(seconds=0.0, error=f"{type(error).__name__}: {error}", is_bad=True)
         except Exception as error:
-            log.exception("chunk %d could not be decoded", job.command.chunk)
+            log.exception("tokens %d to %d could not be decoded", job.start, job.stop)
             return Outcome(seconds=0.0, error=f"{type(error).__name__}: {error}")
         return Outcome(seconds=time.monotonic() - begin, pages=pages)
 
     def _into_place(self, job: Job, begin: float) -> NewPages | None:
         command, size = job.command, job.stop - job.start
+        assert not isinstance(command, ev.LoadFront)
         blob = command.blob
         if isinstance(command, ev.Refine) and command.coarse is not None:
             refine = refine_chunk if command.layers is None else refine_blobs

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 from decode import fill_events as ev
 from decode.estimator import CodecEstimator, ComputeEstimator
-from decode.fill_chunks import TEXT, ChunkLog, ChunkState, ChunkTable
+from decode.fill_chunks import TEXT, ChunkLog, ChunkState, ChunkTable, FrontState
 from decode.fill_loading import IDLE_ENGINE, EngineLoad, FillSpec, Loader
 from decode.fill_reasons import plan_in_words, why_infeasible
 from decode.fill_sources import OPEN_TIMEOUT_S, FillSource, SourceState
@@ -55,6 +55,10 @@ class FillMachine:
         self.table = ChunkTable(spec.num_chunks, num_cached=spec.num_cached, now=now)
         self.loader = Loader(spec, self.table, self.sources, compute=compute, codec=codec, now=now)
         self.upgrades = Upgrades(self.table, self.sources)
+        self.front = FrontState.KEPT if spec.front_stop else FrontState.ABSENT
+        self.front_at: float | None = None  # when it was in place
+        self.front_s: float | None = None  # what that took
+        assert not (spec.front_stop and spec.replay is not None), "a plan that is given shares nothing"
         self.reasons: list[tuple[float, str]] = []
         self.plan: Plan | None = None
         self.ready = self.done = self._has_first_token = False
@@ -75,7 +79,10 @@ class FillMachine:
 
     def start(self, now: float) -> list[ev.Command]:
         """The first commands. A fill that may load waits for `Opened` unless computing is the plan anyway."""
-        return [*(ev.Open(source=source.index) for source in self.sources), *self._replan(now)]
+        commands: list[ev.Command] = [ev.Open(source=source.index) for source in self.sources]
+        if self.spec.front_chunk == self.spec.num_chunks:
+            commands.append(self._load_front())  # the tail's: while the sources answer
+        return [*commands, *self._replan(now)]
 
     def handle(self, event: ev.Event, now: float) -> list[ev.Command]:
         if self.done:
@@ -106,6 +113,13 @@ class FillMachine:
             case ev.ChunkComputed():
                 self.chunks[event.chunk].level = TEXT
                 self._fill(event.chunk, now)
+            case ev.FrontLoaded():
+                self.front, self.front_at, self.front_s = FrontState.IN_PLACE, now, event.seconds
+                commands += self._after_front()
+            case ev.FrontRejected():
+                self._note(now, f"part of a stored chunk: computed ({event.reason})")
+                self.front = FrontState.ABSENT
+                commands += self._after_front()
             case ev.ChunkRefused():
                 self._on_refused(event, now)
             case ev.SourceLost():
@@ -138,6 +152,22 @@ class FillMachine:
     def may_step(self, num_tokens: int) -> bool:
         """Whether the request may compute the token after `num_tokens`. Only a plan that is followed ever waits."""
         return self.done or not self.upgrades.must_wait(num_tokens)
+
+    @property
+    def front_stop(self) -> int:
+        """Tokens before it need not be computed, in the chunk or tail where it lies; 0: no front is in place."""
+        return self.spec.front_stop if self.front is FrontState.IN_PLACE else 0
+
+    @property
+    def num_front_tokens(self) -> int:
+        """How many tokens it has put in place."""
+        start, _ = self.spec.to_compute(self.spec.front_chunk)
+        return max(0, self.front_stop - start)
+
+    def to_compute(self, chunk: int) -> tuple[int, int]:
+        """The tokens [start, stop) of a chunk that have to be computed."""
+        start, stop = self.spec.to_compute(chunk)
+        return (max(start, self.front_stop), stop) if chunk == self.spec.front_chunk else (start, stop)
 
     def base_kl(self, chunk: int) -> float:
         """The promise of the KV that a loaded chunk was encoded from."""
@@ -222,9 +252,12 @@ class FillMachine:
         log = self.chunks[event.chunk]
         log.decode_s = event.seconds
         self._fill(event.chunk, now)
-        if log.layers != ():
-            self._codec.observe(log.level, event.seconds / log.share)
-            self.upgrades.add(event.chunk)
+        if log.layers == ():  # nothing of it is seen: nothing came
+            return
+        self._codec.observe(log.level, event.seconds / log.share)
+        self.upgrades.add(event.chunk)
+        assert log.source is not None
+        self.sources[log.source].used(now)
 
     def _fill(self, chunk: int, now: float) -> None:
         self.table.move(chunk, ChunkState.FILLED).filled_at = now
@@ -369,7 +402,18 @@ class FillMachine:
             self._note(now, f"chunks {lacking}: had anew, chunk {frontier} needs layers that were not loaded")
             return commands + self._compute(now, is_wanted=is_wanted)
         self.table.move(frontier, ChunkState.COMPUTING).compute_at = now
+        if frontier == self.spec.front_chunk and self.front is FrontState.KEPT:
+            return [*commands, self._load_front()]
         return [*commands, ev.Compute(chunk=frontier)]
+
+    def _load_front(self) -> ev.LoadFront:
+        self.front = FrontState.LOADING
+        return ev.LoadFront()
+
+    def _after_front(self) -> list[ev.Command]:
+        """A chunk's is loaded for the computing of its rest; for the tail's, only `Ready` has to wait."""
+        computing = self.table.computing
+        return [] if computing is None or computing != self.spec.front_chunk else [ev.Compute(chunk=computing)]
 
     def _follow(self, now: float) -> list[ev.Command]:
         """The same for a plan that was given."""
@@ -399,7 +443,7 @@ class FillMachine:
                 commands += upgrades.ask(
                     ladder, loader.refine_budget(ladder, upgrades, budget_s, now), Kind.BETTER, now
                 )
-            if not self.table.is_filled:
+            if not self.table.is_filled or self.front is FrontState.LOADING:
                 return commands
             if upgrades.num_waiting and budget_s > LEAST_WAIT_S:
                 self._wake(loader.deadline())

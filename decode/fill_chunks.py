@@ -16,6 +16,15 @@ CACHED = "cached"  # and one whose KV was in the pages before
 MAX_ASKED_LEVELS = 16  # of one chunk, kept for the receipt; an unsteady link may amend a request hundreds of times
 
 
+class FrontState(Enum):
+    """Of the front that is kept here, see FillSpec."""
+
+    ABSENT = "absent"
+    KEPT = "kept"
+    LOADING = "loading"
+    IN_PLACE = "in place"
+
+
 class ChunkState(Enum):
     MISSING = "missing"
     ASKED = "asked"

@@ -90,6 +90,20 @@ class ChunkComputed:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class FrontLoaded:
+    """The front that is kept here stands in the pages. seconds: what reading and decoding its entry took."""
+
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FrontRejected:
+    """It is not there any more, or of no use: its tokens are computed."""
+
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkRefused:
     """The source cannot give this chunk; the others it can."""
 
@@ -121,7 +135,7 @@ class Tick:
 
 Event = (
     Opened | PartArrived | BlobArrived | BlobDecoded | BlobRejected | Refined | RefinementRejected | ChunkComputed
-    | ChunkRefused | SourceLost | FirstToken | Tick
+    | FrontLoaded | FrontRejected | ChunkRefused | SourceLost | FirstToken | Tick
 )  # fmt: skip
 
 
@@ -188,6 +202,11 @@ class Discard:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class LoadFront:
+    """Put the front that is kept here into the pages: FrontLoaded or FrontRejected follows."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Ready:
     """All chunks are in place: run the tail."""
 
@@ -199,4 +218,4 @@ class Fail:
     status: int = 502
 
 
-Command = Open | Ask | Withdraw | Decode | Refine | Compute | Discard | Ready | Fail
+Command = Open | Ask | Withdraw | Decode | Refine | Compute | Discard | LoadFront | Ready | Fail

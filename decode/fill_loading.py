@@ -46,6 +46,8 @@ class FillSpec:
 
     cached_tokens: at the front of the prompt, those whose KV is in the pages already. Whole chunks of them are done; of
     one that is there in part, only the rest is computed, or put into the pages when it is loaded.
+    front_stop: the tokens before it, of the chunk or tail that it lies in, are kept here within another entry, which
+    promises front_kl (0: there are none). They are loaded where that chunk is computed, and the rest is computed.
     levels: allowed, best first. chunk_bytes: predicted size of one chunk, by level; nested: the levels that refine one
     another; exact: those that lose nothing. refine_levels: best first, what chunks may be refined to after the first
     token (empty: not at all).
@@ -63,6 +65,8 @@ class FillSpec:
     deadline: float
     tail_s: float
     cached_tokens: int = 0
+    front_stop: int = 0
+    front_kl: float = 0.0
     may_load: bool = True
     may_compute: bool = True
     max_compute: int | None = None
@@ -77,6 +81,11 @@ class FillSpec:
     def num_cached(self) -> int:
         """Chunks that are in place from the start."""
         return min(self.cached_tokens // self.chunk_tokens, self.num_chunks)
+
+    @property
+    def front_chunk(self) -> int:
+        """The chunk of the front that is kept here; num_chunks: it is the tail's; -1: there is none."""
+        return (self.front_stop - 1) // self.chunk_tokens
 
     def to_compute(self, chunk: int) -> tuple[int, int]:
         """The tokens [start, stop) that computing a chunk has to compute."""

@@ -42,6 +42,7 @@ class FillSource:
     moved_at: float | None = None  # when it last gave something, or was first asked; None when nothing is asked
     has_answered: bool = False  # something came since it was first asked
     bad_blobs: int = 0
+    waits_for_use: bool = False  # it gives no more than a few blobs ahead of what is decoded
 
     @property
     def is_open(self) -> bool:
@@ -54,6 +55,11 @@ class FillSource:
     @property
     def is_hoped_for(self) -> bool:
         return self.state is not SourceState.GONE
+
+    def used(self, now: float) -> None:
+        """A blob of it was decoded. One that waited for that was not silent."""
+        if self.waits_for_use and self.moved_at is not None:
+            self.moved_at = now
 
     def lose(self, now: float, *, is_final: bool) -> None:
         if self.state is SourceState.OPEN:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -19,13 +19,16 @@ from decode.estimator import CodecEstimator, ComputeEstimator
 from decode.fill import FillMachine
 from decode.fill_loading import EngineLoad, FillSpec
 from decode.link_scheduler import Kind, LinkScheduler, LinkShare, priority
+from decode.stored_front import StoredFront
 from decode.transfer_events import fill_event
 from decode.window_chunks import Layers
 from prefill.runtime import ModelRuntime
+from prefill.store import MASTER_LEVEL
 from transport import events as wire
 from transport.curve import CurveKeys
 from transport.errors import TransportError
 from transport.kv_client import KVClient
+from transport.local_transfers import LocalTransfers
 
 log = logging.getLogger("kvstream.decode")
 
@@ -36,7 +39,7 @@ TICK_S = 0.02  # how often silence is looked at while something is being filled
 class Source:
     """A worker that may have the KV, as the routing table names it. link_prior_bps: what its link is taken for until
     something was seen of it; None: the policy says. is_holder: the index says that it has some of the prompt.
-    stored_only: it shall not compute what it has not."""
+    stored_only: it shall not compute what it has not. is_own: it is the worker itself, reached without a socket."""
 
     id: str
     endpoint: str
@@ -44,6 +47,7 @@ class Source:
     link_prior_bps: float | None = None
     is_holder: bool = False
     stored_only: bool = False
+    is_own: bool = False
 
 
 class PullOwner(Protocol):
@@ -64,7 +68,7 @@ class PullOwner(Protocol):
 @dataclass(slots=True, kw_only=True, eq=False)
 class Fill:
     """A prompt being filled, and then refined. `opened_at` is when the first source answered. `transfers`: by index of
-    the source, those that are open."""
+    the source, those that are open. `front`: what FillSpec.front_stop is about."""
 
     key: str
     machine: FillMachine
@@ -72,6 +76,7 @@ class Fill:
     body: dict[str, Any]
     sources: Sequence[Source]
     shares: Sequence[LinkShare]
+    front: StoredFront | None = None
     transfers: dict[int, str] = field(default_factory=dict)
     opened_at: float | None = None
 
@@ -89,8 +94,10 @@ class KVPuller:
         owner: PullOwner,
         lock: threading.Condition,
         curve: CurveKeys | None = None,
+        own: Callable[[], LocalTransfers | None] = lambda: None,
     ) -> None:
-        self._owner, self._lock = owner, lock
+        """own: the way to the worker's own store, if it has one."""
+        self._owner, self._lock, self._own = owner, lock, own
         self._compute, self._codec = compute, codec
         self._links = LinkScheduler()
         self._fills: dict[str, Fill] = {}
@@ -122,6 +129,7 @@ class KVPuller:
         max_kl: float,
         link_prior_bps: float,
         now: float,
+        front: StoredFront | None = None,
     ) -> Fill:
         """Begin to fill; the owner is told when the pages are ready or cannot be. max_kl: stored KV whose promise is
         worse does not count."""
@@ -142,13 +150,17 @@ class KVPuller:
             codec=self._codec,
             load=lambda: self._owner.engine_load(key),
         )
+        for source, known in zip(sources, machine.sources):
+            known.waits_for_use = source.is_own
         body = {"token_ids": list(token_ids), "chunk_tokens": spec.chunk_tokens, "cache_salt": cache_salt}
         body["max_kl"] = max_kl
         # A source that computes the rest may fetch from these what it has not.
         body["holders"] = [
             {"endpoint": source.endpoint, "public_key": source.public_key} for source in sources if source.is_holder
         ]
-        fill = Fill(key=key, machine=machine, block_table=block_table, body=body, sources=sources, shares=shares)
+        fill = Fill(
+            key=key, machine=machine, block_table=block_table, body=body, sources=sources, shares=shares, front=front
+        )
         self._fills[key] = fill
         self._owner.fill_begins(fill)
         self._feed(fill, None, now)
@@ -207,7 +219,11 @@ class KVPuller:
             # A source looks at the first of the others: not at itself.
             holders = [holder for holder in fill.body["holders"] if holder["endpoint"] != source.endpoint]
             body = {**fill.body, "holders": holders, "stored_only": source.stored_only}
-            transfer_id = self._client.open(source.endpoint, body, server_public_key=source.public_key)
+            own = self._own() if source.is_own else None
+            if own is not None:
+                transfer_id = own.open(body, self._on_event)
+            else:
+                transfer_id = self._client.open(source.endpoint, body, server_public_key=source.public_key)
         except TransportError as error:
             return str(error)
         fill.transfers[index] = transfer_id
@@ -217,8 +233,13 @@ class KVPuller:
     def _close(self, fill: Fill, index: int, reason: str) -> None:
         transfer_id = fill.transfers.pop(index, None)
         if transfer_id is not None:
-            self._client.close(transfer_id, reason)
+            self._link(transfer_id).close(transfer_id, reason)
             del self._by_transfer[transfer_id]
+
+    def _link(self, transfer_id: str) -> KVClient | LocalTransfers:
+        """What a transfer goes over."""
+        own = self._own()
+        return own if own is not None and transfer_id in own else self._client
 
     def _forget(self, fill: Fill, reason: str) -> None:
         del self._fills[fill.key]
@@ -247,6 +268,9 @@ class KVPuller:
             elif len(source.refused) == fill.machine.spec.num_chunks - fill.machine.spec.num_cached:
                 # Withdrawn chunks do not stop a source that computes the prompt; the end of the transfer does.
                 self._close(fill, source.index, "it can give no chunk")
+            elif fill.sources[source.index].is_own and (own := self._own()) is not None:
+                in_hand = len(fill.machine.table.decoding) + fill.machine.upgrades.num_here
+                own.set_in_hand(fill.transfers.get(source.index, ""), in_hand)
         if fill.machine.done and self._fills.get(fill.key) is fill:
             self._forget(fill, "complete")
 
@@ -263,10 +287,12 @@ class KVPuller:
                 case ev.Decode() | ev.Refine():
                     self._decode(fill, command)
                 case ev.Compute():
-                    start, stop = fill.machine.spec.to_compute(command.chunk)
+                    start, stop = fill.machine.to_compute(command.chunk)
                     self._owner.compute_chunk(fill.key, command.chunk, start, stop)
                 case ev.Discard():
                     self._owner.chunk_discarded(fill.key, *fill.machine.spec.to_compute(command.chunk))
+                case ev.LoadFront():
+                    self._load_front(fill, command)
                 case ev.Ready():
                     self._owner.fill_ready(fill.key, now)
                 case ev.Fail():
@@ -294,6 +320,23 @@ class KVPuller:
         self._owner.pin(fill.key)
         self._decoder.put(job, urgency=priority(kind, machine.spec.deadline))
 
+    def _load_front(self, fill: Fill, command: ev.LoadFront) -> None:
+        front, machine = fill.front, fill.machine
+        assert front is not None
+        job = Job(
+            fill=fill,
+            command=command,
+            start=front.start,
+            stop=front.stop,
+            cached_tokens=machine.spec.cached_tokens,
+            base_kl=front.kl,
+            block_table=fill.block_table,
+            is_wanted=lambda: not machine.done,
+            front=front,
+        )
+        self._owner.pin(fill.key)
+        self._decoder.put(job, urgency=priority(Kind.BASE, machine.spec.deadline))
+
     def _tell_source(self, fill: Fill, command: ev.Ask | ev.Withdraw) -> None:
         transfer_id = fill.transfers.get(command.source)
         if transfer_id is None:
@@ -301,9 +344,9 @@ class KVPuller:
         try:
             if isinstance(command, ev.Ask):
                 urgency = priority(command.kind, fill.machine.spec.deadline)
-                self._client.request(transfer_id, command.chunk, command.level, priority=urgency)
+                self._link(transfer_id).request(transfer_id, command.chunk, command.level, priority=urgency)
             else:
-                self._client.withdraw(transfer_id, command.chunk)
+                self._link(transfer_id).withdraw(transfer_id, command.chunk)
         except TransportError as error:
             log.debug("%s: %s; TransferLost is on its way", fill.key, error)
 
@@ -350,6 +393,8 @@ class KVPuller:
             self.counters["kv_bad_blobs_total"] += outcome.is_bad
             if self._fills.get(fill.key) is not fill or outcome.was_skipped:
                 pass  # the request ended meanwhile; its pages may be another's as soon as they are unpinned
+            elif isinstance(command, ev.LoadFront):
+                self._on_front(fill, job, outcome, now)
             elif outcome.error:
                 rejected = ev.BlobRejected if is_base else ev.RefinementRejected
                 self._feed(fill, rejected(chunk=command.chunk, reason=outcome.error), now)
@@ -360,3 +405,11 @@ class KVPuller:
                 self._owner.chunk_loaded(fill.key, start, job.stop, command.level, job.base_kl, layers=command.layers)
                 self._feed(fill, ev.BlobDecoded(chunk=command.chunk, seconds=outcome.seconds), now)
             self._owner.unpin(fill.key)
+
+    def _on_front(self, fill: Fill, job: Job, outcome: Outcome, now: float) -> None:
+        if outcome.error:
+            self._feed(fill, ev.FrontRejected(reason=outcome.error), now)
+            return
+        start = max(job.start, job.cached_tokens)
+        self._owner.chunk_loaded(fill.key, start, job.stop, MASTER_LEVEL, job.base_kl)
+        self._feed(fill, ev.FrontLoaded(seconds=outcome.seconds), now)

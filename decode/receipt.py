@@ -50,12 +50,14 @@ def build_receipt(
     at_end = [log.level for log in fill.chunks if log.filled_at is not None]
     seen = [log.first_level or log.level for log in fill.chunks if log.filled_at is not None and log.layers != ()]
     steps = [step for log in fill.chunks for step in log.refinements]
-    last_chunk_at = max((log.filled_at for log in fill.chunks if log.filled_at is not None), default=None)
+    filled = [log.filled_at for log in fill.chunks] + [fill.front_at]
+    last_chunk_at = max((at for at in filled if at is not None), default=None)
     admitted_at, filled_at = timeline.admitted_at, timeline.filled_at
     last_chunk_at = _within(admitted_at, last_chunk_at, filled_at)
     opened_at = _within(admitted_at, timeline.opened_at, last_chunk_at)
     # What was cached exactly is what computing gives; what was not, no plan can say how to get again.
     is_repeatable = CACHED not in at_first or promised_kl.get(CACHED) == 0
+    is_repeatable &= not fill.num_front_tokens or fill.spec.front_kl == 0
     return {
         "request_id": request_id,
         "kv_mode": kv_mode,
@@ -64,7 +66,9 @@ def build_receipt(
         "prompt_tokens": prompt_tokens,
         "chunk_tokens": chunk_tokens,
         "cached_tokens": fill.spec.cached_tokens,
-        "tail_tokens": prompt_tokens - max(chunk_tokens * len(fill.chunks), fill.spec.cached_tokens),
+        "partial_tokens": fill.num_front_tokens,
+        "partial_decode_ms": between(0.0, fill.front_s),
+        "tail_tokens": prompt_tokens - max(chunk_tokens * len(fill.chunks), fill.spec.cached_tokens, fill.front_stop),
         "levels": dict(Counter(at_first)),
         "levels_at_end": dict(Counter(at_end)),
         "bytes": sum(map(_base_bytes, fill.chunks)) + sum(step.bytes for step in steps if not step.after_tokens),

@@ -88,6 +88,7 @@ class DecodeWorker:
         self._receipts: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._stopping = False
         self._counters = {"generated_tokens_total": 0, "requests_total": 0, "cached_prompt_tokens_total": 0}
+        self._counters["partial_prompt_tokens_total"] = 0
         self._codec = CodecEstimator(measured=measure_decode(runtime, chunk_tokens))
         floor_bytes = min(self._limits.chunk_bytes.values())
         self._remote_s_per_token = floor_bytes * 8 / policy.link_prior_bps / chunk_tokens
@@ -99,6 +100,7 @@ class DecodeWorker:
             owner=self,
             lock=self._lock,
             curve=curve,
+            own=lambda: None if self.source is None else self.source.local,
         )
         self._engine = EngineLoop(
             runtime,
@@ -286,6 +288,7 @@ class DecodeWorker:
         num_loadable = state.prompt_tokens if state.max_kl is None else state.fill_tokens
         state.loaded_tokens = num_loadable_chunks(num_loadable, size) * size
         state.sources = self._kept.own_source(state, num_loadable) + state.given_sources
+        state.front = self._kept.front_of(state)
         return fill_orders(
             state.request,
             state.policy,
@@ -297,6 +300,8 @@ class DecodeWorker:
             source_computes=any(not source.stored_only for source in state.given_sources),
             cached_tokens=0 if state.pages is None else state.pages.cached_tokens,
             is_accepted=state.pages is not None,
+            front_stop=0 if state.front is None else state.front.stop,
+            front_kl=EXACT if state.front is None else state.front.kl,
         )
 
     def _shared_quality(self, state: ActiveRequest) -> float | None:
@@ -343,6 +348,7 @@ class DecodeWorker:
             max_kl=state.max_kl or EXACT,
             link_prior_bps=state.policy.link_prior_bps,
             now=now,
+            front=state.front,
         )
 
     def gives_up(self, sequence: Sequence) -> None:
@@ -354,6 +360,9 @@ class DecodeWorker:
         # While it still fills, some of that is not there yet.
         if sequence.output and state.fill is not None and state.fill.machine.ready:
             self._kept.written(state, 0, state.loaded_tokens)
+        if state.is_answering:
+            self._kept.keep_tail(state, sequence.num_tokens - 1)
+        state.is_answering = False
 
     # -- the puller's owner; the lock is held ---------------------------------------------------------------------
 
@@ -381,9 +390,12 @@ class DecodeWorker:
 
     def fill_ready(self, key: str, now: float) -> None:
         sequence, state = self._scheduler.get(key), self._requests[key]
-        assert sequence is not None and sequence.work is None
+        assert sequence is not None and sequence.work is None and state.fill is not None
+        if state.front is not None and not state.fill.machine.front_stop:
+            state.front = None
         if not sequence.output:
             state.timeline.filled_at = now
+            self._counters["partial_prompt_tokens_total"] += state.fill.machine.num_front_tokens
             self._note_load(state, now)
             state.first_kl = self._pages.worst_kl(sequence.block_table, 0, state.loaded_tokens)
         sequence.phase, sequence.work_chunk = Phase.TAIL, None
@@ -428,6 +440,8 @@ class DecodeWorker:
         receipt = None
         if sequence is not None:
             size = self._limits.chunk_tokens
+            if sequence.phase is Phase.RUNNING:
+                self._kept.keep_tail(state, sequence.num_tokens - 1)
             receipt = state.receipt(sequence, self._pages, chunk_tokens=size, promised_kl=self._promised_kl, now=now)
             receipt["ended"] = reason
             self._receipts[state.request.request_id] = receipt
@@ -463,6 +477,7 @@ class DecodeWorker:
     def began_answer(self, sequence: Sequence, now: float) -> None:
         """All that was to be filled is, and the next token is drawn: the first, if it was not preempted before."""
         state = self._requests[sequence.key]
+        state.is_answering = True
         timeline = state.timeline
         if not sequence.output:
             timeline.first_token_at = now

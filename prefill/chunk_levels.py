@@ -128,7 +128,10 @@ class ChunkLevels:
             self._store.put(key, self._finest, early, kl=fresh.kl)
 
     def _put_master(self, key: bytes, fresh: FreshChunk, blob: bytes) -> None:
-        self._store.put(key, MASTER_LEVEL, blob, kl=fresh.kl, tenant=fresh.tenant, parent=fresh.parent)
+        self._store.put(
+            key, MASTER_LEVEL, blob, kl=fresh.kl, tenant=fresh.tenant, parent=fresh.parent, links=fresh.links,
+            is_tail=fresh.is_tail,
+        )  # fmt: skip
 
     def check_integrity(self) -> None:
         """When no chunk is fresh: nothing waits for a master."""

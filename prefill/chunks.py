@@ -64,13 +64,18 @@ class KeyChain:
         assert num_chunks * step <= len(self._links), (num_chunks, len(self))
         return [chunk_key(link, chunk_tokens) for link in self._links[step - 1 : num_chunks * step : step]]
 
-    def chunk(self, chunk_tokens: int, index: int) -> bytes:
-        """The key of one chunk."""
-        return chunk_key(self._links[(index + 1) * _links_of(chunk_tokens) - 1], chunk_tokens)
+    def links(self, start: int, stop: int) -> bytes:
+        """The links that end within (start, stop], 16 bytes for each 16 tokens. start: a multiple of 16."""
+        return b"".join(self._links[_links_of(start) if start else 0 : stop // LINK_TOKENS])
+
+    def key_of(self, start: int, stop: int) -> bytes:
+        """The key of tokens [start, stop), both multiples of 16: of a chunk, or of a tail."""
+        return chunk_key(self._links[_links_of(stop) - 1], stop - start)
 
 
 def chunk_key(link: bytes, chunk_tokens: int) -> bytes:
-    """The key of the chunk of that size which ends with this link of a chain."""
+    """The key of the chunk of that size which ends with this link of a chain. The size is part of it: a tail that is
+    kept has a key of its own, and nobody who looks for a whole chunk can meet it."""
     return link[: KEY_BYTES - 2] + chunk_tokens.to_bytes(2, "little")
 
 

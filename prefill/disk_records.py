@@ -16,7 +16,7 @@ import msgpack
 
 from prefill.tier_index import ChunkMeta
 
-FORMAT = 1  # of everything that stands in a store's directory
+FORMAT = 2  # of everything that stands in a store's directory
 BLOB_HEADER = struct.Struct("<4sIQ")  # magic, CRC-32, the blob's bytes
 MAGIC = b"KVSR"
 CRC = struct.Struct("<I")
@@ -56,7 +56,7 @@ def _blob_crc(name: bytes, size: int, body: bytes | memoryview) -> int:
 
 def pack_chunk(key: bytes, record: ChunkRecord) -> bytes:
     meta = record.meta
-    body: bytes = msgpack.packb([meta.kl, meta.tenant, meta.parent, record.levels])
+    body: bytes = msgpack.packb([meta.kl, meta.tenant, meta.parent, record.levels, meta.links, meta.is_tail])
     return CRC.pack(zlib.crc32(body, zlib.crc32(key))) + body
 
 
@@ -65,8 +65,9 @@ def read_chunk(key: bytes, record: bytes) -> ChunkRecord | None:
     if len(record) < CRC.size or CRC.unpack(record[: CRC.size])[0] != zlib.crc32(record[CRC.size :], zlib.crc32(key)):
         return None
     fields: Any = msgpack.unpackb(record[CRC.size :])
-    kl, tenant, parent, levels = fields
-    return ChunkRecord(meta=ChunkMeta(kl=kl, tenant=tenant, parent=parent), levels=levels)
+    kl, tenant, parent, levels, links, is_tail = fields
+    meta = ChunkMeta(kl=kl, tenant=tenant, parent=parent, links=links, is_tail=is_tail)
+    return ChunkRecord(meta=meta, levels=levels)
 
 
 def pack_used_at(used_at: float) -> bytes:

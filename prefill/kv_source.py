@@ -30,10 +30,12 @@ from transport.curve import CurveKeys
 from transport.errors import TransportClosed
 from transport.events import BacklogLow, ChunkRequested, SourceEvent, TransferClosed, TransferOpened
 from transport.kv_server import KVServer
+from transport.local_transfers import LocalTransfers
 
 log = logging.getLogger("kvstream.prefill")
 
 MAX_FRESH_CHUNKS = 32  # computed and not yet in the store
+MAX_BEFORE_TAIL = 8  # more of them, and a tail is not worth the encoder's time
 
 
 class KVSource:
@@ -73,6 +75,7 @@ class KVSource:
             curve=curve,
             insecure=insecure,
         )
+        self.local = LocalTransfers(self._on_event)  # of a receiver in this process
         self._begin()
 
     def _begin(self) -> None:
@@ -102,10 +105,12 @@ class KVSource:
                 f"{prefix}_transfers_open": len(self._transfers),
                 "store_used_bytes": store.used_bytes,
                 "store_chunks": store.num_chunks,
+                "store_tails": store.num_tails,
                 "store_hits_total": store.num_hits,
                 "store_evictions_total": store.num_evictions,
                 "store_disk_used_bytes": store.disk_used_bytes,
                 "store_disk_chunks": store.disk_chunks,
+                "store_disk_tails": store.disk_tails,
                 "store_disk_hits_total": store.num_disk_hits,
                 "store_disk_damaged_total": store.num_disk_damaged,
                 "store_disk_off": float(store.is_disk_off),
@@ -121,7 +126,8 @@ class KVSource:
         with self._lock:
             if not self._wants(key, chunk.kl):
                 return True
-            if self._stopping or len(self._fresh) >= MAX_FRESH_CHUNKS:
+            most = MAX_BEFORE_TAIL if chunk.is_tail else MAX_FRESH_CHUNKS
+            if self._stopping or len(self._fresh) >= most:
                 self._counters["unkept_chunks_total"] += 1
                 return False
             self._add_fresh(key, chunk)
@@ -163,10 +169,15 @@ class KVSource:
             self._stopping = True
             self._lock.notify_all()
         self.server.shutdown()
+        self.local.shutdown()
         for thread in self._threads:
             thread.join(timeout=10)
 
-    # -- events, in the server's thread ---------------------------------------------------------------------------
+    # -- events, in the server's thread or in that of local transfers -----------------------------------------------
+
+    def _link(self, transfer_id: str) -> KVServer | LocalTransfers:
+        """What a transfer goes over."""
+        return self.local if transfer_id in self.local else self.server
 
     def _on_event(self, event: SourceEvent) -> None:
         self._serving.wait()
@@ -190,7 +201,7 @@ class KVSource:
         try:
             request = self._read_open(event.body)
         except BadOpen as error:
-            self.server.refuse(event.transfer_id, str(error))
+            self._link(event.transfer_id).refuse(event.transfer_id, str(error))
             return
         with self._lock:
             stored = [self._sizes(key, request.max_kl) for key in request.keys]
@@ -198,7 +209,7 @@ class KVSource:
             encode_s = self._encode_times.of_chunk(request.chunk_tokens)
             self._transfers.open(event.transfer_id, request)
         lossy = {"kl": kls} if any(kls) else {}
-        self.server.accept(
+        self._link(event.transfer_id).accept(
             event.transfer_id,
             {"stored": stored, "computes": self.computes and not request.stored_only, "encode_s": encode_s, **lossy},
         )
@@ -232,7 +243,7 @@ class KVSource:
                 wrong = f"there is no chunk {event.chunk}: this prompt has {num_chunks}"
             if wrong is not None:
                 transfer.drop(event.chunk)
-                self.server.fail(event.transfer_id, event.chunk, wrong)
+                self._link(event.transfer_id).fail(event.transfer_id, event.chunk, wrong)
                 return
             ask = Ask(level=event.level, priority=event.priority)
             if self._is_here(transfer.request.keys[event.chunk], transfer.request.max_kl):
@@ -249,7 +260,7 @@ class KVSource:
     def _want_computed(self, transfer: Transfer, chunk: int, ask: Ask) -> None:
         reason = self._transfers.want_computed(transfer, chunk, ask, computes=self.computes)
         if reason is not None:
-            self.server.fail(transfer.id, chunk, reason)
+            self._link(transfer.id).fail(transfer.id, chunk, reason)
         self._lock.notify_all()
 
     # -- the encode thread ----------------------------------------------------------------------------------------
@@ -266,6 +277,7 @@ class KVSource:
                 self._stopping = True
                 self._lock.notify_all()
             self.server.shutdown()
+            self.local.shutdown()
             raise
 
     def _encode_loop(self) -> None:
@@ -307,15 +319,15 @@ class KVSource:
             if not self._is_here(transfer.request.keys[chunk], transfer.request.max_kl):
                 self._want_computed(transfer, chunk, ask)
                 return
-        level = self.server.take(transfer.id, chunk)
+        level = self._link(transfer.id).take(transfer.id, chunk)
         blob = self._blob_or_fail(transfer, chunk, level) if level is not None else None
         if level is None or blob is None:
             return  # withdrawn, closed or failed
         with self._lock:
             self._counters["sent_chunks_total"] += 1
             transfer.supplied(ask)
-        self.server.supply(transfer.id, chunk, level, blob)
-        if self.server.backlog_bytes(transfer.id) == 0:
+        self._link(transfer.id).supply(transfer.id, chunk, level, blob)
+        if self._link(transfer.id).backlog_bytes(transfer.id) == 0:
             with self._lock:  # withdrawn while it was encoded, or too large: then nothing will be said of it
                 transfer.unsent_priority = None
 
@@ -325,10 +337,10 @@ class KVSource:
             blob = self._blob(transfer, chunk, name)
         except CodecError as error:
             # For example KV with NaN at a lossy level: only this chunk fails, and the receiver computes it.
-            self.server.fail(transfer.id, chunk, f"{type(error).__name__}: {error}")
+            self._link(transfer.id).fail(transfer.id, chunk, f"{type(error).__name__}: {error}")
             return None
         if blob is None:
-            self.server.fail(transfer.id, chunk, "the chunk is no longer stored here")
+            self._link(transfer.id).fail(transfer.id, chunk, "the chunk is no longer stored here")
             return None
         with self._lock:
             took_s = time.perf_counter() - begin

@@ -22,7 +22,7 @@ log = logging.getLogger("kvstream.prefill")
 class FreshChunk:
     """A computed chunk as plain tensors, k and v [L, T, H, D]. start: its first token's position. kl: the worst promise
     of the KV that it was computed on, nats a token. tenant: who pays for it. parent: the key of the chunk before it.
-    is_fetched: it was computed elsewhere."""
+    is_fetched: it was computed elsewhere. links, is_tail: see tier_index.ChunkMeta."""
 
     k: Tensor
     v: Tensor
@@ -31,6 +31,8 @@ class FreshChunk:
     tenant: str = ""
     parent: bytes | None = None
     is_fetched: bool = False
+    links: bytes = b""
+    is_tail: bool = False
 
 
 def compute_chunks(

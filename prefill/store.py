@@ -12,53 +12,20 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 
 from prefill.disk_tier import DiskOptions, DiskTier
+from prefill.front_index import Front, FrontIndex
 from prefill.ram_tier import RamTier
 from prefill.store_changes import ChangeLog, Changes, StoreTier
+from prefill.store_stats import StoreStats, TenantBytes
 from prefill.tier_index import MASTER_LEVEL, ChunkMeta, Name, StoreShares, TierIndex
 
-__all__ = ["MASTER_LEVEL", "Changes", "ChunkStore", "DiskOptions", "StoreShares", "StoreStats", "TenantBytes"]
+__all__ = ["MASTER_LEVEL", "Changes", "ChunkStore", "DiskOptions", "Front", "StoreShares", "StoreStats", "TenantBytes"]
 
 MAX_CHANGES = 100_000  # remembered for `changes`
 READ_TRIES = 3  # of a blob that is replaced while it is read from disk
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TenantBytes:
-    """Payload in each tier, of a tenant."""
-
-    ram_bytes: int = 0
-    disk_bytes: int = 0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StoreStats:
-    """num_chunks to taken_bytes, num_evictions: of the tier in RAM; taken_bytes: what it has from the system.
-    num_hits: in either tier. disk_skipped: puts that the disk did not take at once; damaged: blobs found so."""
-
-    num_chunks: int
-    num_blobs: int
-    used_bytes: int
-    capacity_bytes: int
-    num_hits: int
-    num_misses: int
-    num_evictions: int
-    taken_bytes: int = 0
-    num_disk_hits: int = 0
-    disk_chunks: int = 0
-    disk_used_bytes: int = 0
-    disk_file_bytes: int = 0
-    disk_capacity_bytes: int = 0
-    num_disk_evictions: int = 0
-    num_disk_skipped: int = 0
-    num_disk_failed_writes: int = 0
-    num_disk_damaged: int = 0
-    disk_written_bytes: int = 0
-    is_disk_off: bool = False
-    tenants: Mapping[str, TenantBytes] = field(default_factory=dict)
 
 
 class ChunkStore:
@@ -84,6 +51,7 @@ class ChunkStore:
         self._ram = RamTier(TierIndex(capacity_bytes, pins=self._pins, tenant_shares=tenant_shares, ttl_s=ttl_s))
         # An epoch of an earlier process must not pass for one of this.
         self._changes = ChangeLog(time.time_ns() // 1000, MAX_CHANGES)
+        self._fronts = FrontIndex()
         self._hits = self._disk_hits = self._misses = 0
         self._disk: DiskTier | None = None
         if disk is not None:
@@ -91,17 +59,30 @@ class ChunkStore:
                 disk, pins=self._pins, tenant_shares=tenant_shares, ttl_s=ttl_s, now=self._now, lock=self._lock,
                 on_change=self._settle,
             )  # fmt: skip
+            with self._lock:
+                for key in self._disk.index.masters():
+                    self._fronts.put(key, self._disk.index.meta(key) or ChunkMeta())
 
     # -- blobs ----------------------------------------------------------------------------------------------------
 
     def put(
-        self, key: bytes, level: str, blob: bytes, *, kl: float = 0.0, tenant: str = "", parent: bytes | None = None
+        self,
+        key: bytes,
+        level: str,
+        blob: bytes,
+        *,
+        kl: float = 0.0,
+        tenant: str = "",
+        parent: bytes | None = None,
+        links: bytes = b"",
+        is_tail: bool = False,
     ) -> bool:
         """Keep a blob; the same key and level replaces. Whether it is kept, in RAM or on disk (or about to be there).
 
         kl: of a master, what it promises (nats a token, 0.0 exact); of a derived blob, that of the master it was made
         from. Worse than the chunk's is refused; a better master replaces, and what was derived of the old one goes.
-        parent: the key of the chunk that this one continues. tenant: whose bytes they are. Both go by the master.
+        parent: the key of the chunk that this one continues. tenant: whose bytes they are. links, is_tail: see
+        ChunkMeta; a tail that is the beginning of this entry, and no better, goes. All of these go by the master.
         Also refused: what is larger than a tier (a derived level: than what masters leave of it) or than its tenant's
         cap, what only pinned chunks or its own ancestors could make room for, a derived level without its master.
         """
@@ -115,14 +96,22 @@ class ChunkStore:
             if is_master and held is not None and kl == held.kl and self._has_already(key, level, blob):
                 self._touch(key, level)
                 return True
-            meta = ChunkMeta(kl=kl, tenant=tenant, parent=parent) if is_master or held is None else held
+            if is_master or held is None:
+                meta = ChunkMeta(kl=kl, tenant=tenant, parent=parent, links=links, is_tail=is_tail)
+            else:
+                meta = held
             evicted = [tier.put(key, level, blob, meta, self._now) for tier in self._tiers()]
             if evicted == [None] * len(evicted):
                 return False
             if is_master and held is not None and (kl, held.kl) != (0.0, 0.0):
                 self._drop_outdated(key, meta)
             self._settle([key, *(name[0] for names in evicted for name in names or [])])
-            return any((key, level) in tier.index for tier in self._tiers())
+            is_kept = any((key, level) in tier.index for tier in self._tiers())
+            if is_master and is_kept:
+                for tail in self._fronts.outgrown(meta):
+                    if not self._pins[tail]:
+                        self.drop(tail)
+            return is_kept
 
     def get(self, key: bytes, level: str) -> bytes | None:
         """A copy of the blob, or None. Counts as a use of the chunk. What only the disk has is read, verified, and kept
@@ -161,6 +150,13 @@ class ChunkStore:
             held = self._held(key)
             return None if held is None else held.kl
 
+    def longest_front(self, links: bytes, max_kl: float) -> Front | None:
+        """What of an entry agrees with the most of these links, among those that promise `max_kl` or better; None if
+        not even 32 tokens do. Does not touch the disk."""
+        with self._lock:
+            self._tick()
+            return self._fronts.longest(links, max_kl)
+
     # -- chunks ---------------------------------------------------------------------------------------------------
 
     def pin(self, keys: Iterable[bytes]) -> None:
@@ -193,12 +189,13 @@ class ChunkStore:
             self._settle([key])
 
     def changes(self, since_epoch: int) -> Changes:
-        """What is held, or no more, since an earlier answer's epoch; everything, marked `full`, where that is too long
-        ago or the epoch was never given (-1 to begin with). An answer may repeat what was said before."""
+        """Which chunks are held, or no more, since an earlier answer's epoch; everything, marked `full`, where that is
+        too long ago or the epoch was never given (-1 to begin with). An answer may repeat what was said before. Tails
+        are no chunks that anybody could load: they are left out."""
         with self._lock:
             self._tick()
             keys = self._changes.since(since_epoch)
-            named = {key for tier in self._tiers() for key in tier.index.masters()} if keys is None else keys
+            named = self._all_chunks() if keys is None else keys
             tiers = {key: self._tier_of(key) for key in named}
             return Changes(
                 epoch=self._changes.epoch,
@@ -221,7 +218,8 @@ class ChunkStore:
             ram, disk = self._ram, self._disk
             in_ram, on_disk = ram.index.tenant_bytes(), disk.index.tenant_bytes() if disk is not None else {}
             stats = StoreStats(
-                num_chunks=ram.index.num_masters,
+                num_chunks=ram.index.num_masters - ram.index.num_tails,
+                num_tails=ram.index.num_tails,
                 num_blobs=ram.index.num_blobs,
                 used_bytes=ram.index.used_bytes,
                 capacity_bytes=ram.index.capacity_bytes,
@@ -239,7 +237,8 @@ class ChunkStore:
             return replace(
                 stats,
                 num_disk_hits=self._disk_hits,
-                disk_chunks=disk.index.num_masters,
+                disk_chunks=disk.index.num_masters - disk.index.num_tails,
+                disk_tails=disk.index.num_tails,
                 disk_used_bytes=disk.index.used_bytes,
                 disk_file_bytes=disk.file_bytes,
                 disk_capacity_bytes=disk.capacity_bytes,
@@ -255,6 +254,8 @@ class ChunkStore:
         """The bytes add up and stay within the limits; every derived blob has its master; each page has one owner."""
         with self._lock:
             self._ram.check_integrity()
+            self._fronts.check_integrity()
+            assert len(self._fronts) == len({key for tier in self._tiers() for key in tier.index.masters()})
             for tier in self._tiers():
                 tier.index.check_integrity()
                 for key in tier.index.all_keys():
@@ -273,6 +274,11 @@ class ChunkStore:
     def _held(self, key: bytes) -> ChunkMeta | None:
         metas = [tier.index.meta(key) for tier in self._tiers()]
         return next((meta for meta in metas if meta is not None), None)
+
+    def _all_chunks(self) -> Iterable[bytes]:
+        """Of both tiers, without tails."""
+        metas = {key: tier.index.meta(key) for tier in self._tiers() for key in tier.index.masters()}
+        return [key for key, meta in metas.items() if meta is not None and not meta.is_tail]
 
     def _tier_of(self, key: bytes) -> StoreTier | None:
         if (key, MASTER_LEVEL) in self._ram.index:
@@ -296,11 +302,16 @@ class ChunkStore:
     def _settle(self, keys: Iterable[bytes]) -> None:
         """After any change to these: what is derived goes with the last master; the index hears of it."""
         for key in dict.fromkeys(keys):
-            if self._held(key) is None:
+            held = meta = self._held(key)
+            if held is None:
                 for tier in self._tiers():
                     for level in tier.index.levels(key):
                         tier.remove(key, level)
-            self._changes.note(key)
+                meta = self._fronts.remove(key)
+            else:
+                self._fronts.put(key, held)
+            if meta is None or not meta.is_tail:
+                self._changes.note(key)
 
     def _settle_evicted(self, names: Iterable[Name]) -> None:
         self._settle([key for key, _ in names])

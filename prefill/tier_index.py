@@ -21,11 +21,15 @@ Name = tuple[bytes, str]  # key, level
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ChunkMeta:
-    """Of a chunk, by its master. kl: promised loss in nats a token, 0.0 exact. parent: the chunk that it continues."""
+    """Of a chunk, by its master. kl: promised loss in nats a token, 0.0 exact. parent: the chunk that it continues.
+    links: of its tokens, as KeyChain.links has them; empty: none of its front can be found by itself. is_tail: it is
+    shorter than a chunk, the end of some sequence."""
 
     kl: float = 0.0
     tenant: str = ""
     parent: bytes | None = None
+    links: bytes = b""
+    is_tail: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +79,7 @@ class TierIndex:
         self._first_capacity_bytes = capacity_bytes  # shares are of this one: a tier whose file is full counts on less
         self._pins, self._caps, self._ttl_s = pins, tenant_shares or StoreShares(), ttl_s
         self._masters: dict[bytes, _Master] = {}
+        self.num_tails = 0  # of the masters
         self._derived: dict[bytes, dict[str, int]] = {}  # sizes by level
         self._tenant_of: dict[bytes, str] = {}  # of every key here; a derived blob's master may be in another tier
         self._shares: dict[str, _Share] = {}
@@ -143,6 +148,7 @@ class TierIndex:
         self._seq += 1
         if level == MASTER_LEVEL:
             self._masters[key] = _Master(size_bytes, meta, now)
+            self.num_tails += meta.is_tail
             share.masters.add(key, meta.parent, self._seq)
             share.master_bytes += size_bytes
             self.master_bytes += size_bytes
@@ -175,7 +181,9 @@ class TierIndex:
             return False
         share = self._shares[self._tenant_of[key]]
         if level == MASTER_LEVEL:
-            size_bytes = self._masters.pop(key).size_bytes
+            master = self._masters.pop(key)
+            size_bytes = master.size_bytes
+            self.num_tails -= master.meta.is_tail
             share.masters.remove(key)
             share.master_bytes -= size_bytes
             self.master_bytes -= size_bytes
@@ -318,6 +326,7 @@ class TierIndex:
         sizes = {(key, level): size for key in self._tenant_of for level, size in self.levels(key).items()}
         assert sum(sizes.values()) == self.used_bytes <= self.capacity_bytes, (sizes, self.used_bytes)
         assert sum(m.size_bytes for m in self._masters.values()) == self.master_bytes
+        assert sum(m.meta.is_tail for m in self._masters.values()) == self.num_tails
         assert set(self._tenant_of) == self._masters.keys() | self._derived.keys()
         for tenant, share in self._shares.items():
             own = {name: size for name, size in sizes.items() if self._tenant_of[name[0]] == tenant}

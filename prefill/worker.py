@@ -122,7 +122,7 @@ class PrefillWorker(KVSource):
     def _cannot_compute(self, transfer: Transfer, reason: str) -> None:
         with self._lock:
             for chunk in self._transfers.cannot_compute(transfer, reason):
-                self.server.fail(transfer.id, chunk, reason)
+                self._link(transfer.id).fail(transfer.id, chunk, reason)
 
     def _compute_chunks(self, transfer: Transfer, table: list[int]) -> None:
         fetch = self._begin_fetch(transfer.request)

@@ -95,6 +95,8 @@ def _what(receipt: Mapping[str, Any], width: int) -> list[Text]:
                 f" in {len(chunks)} chunks of {receipt.get('chunk_tokens')} and a tail of {receipt.get('tail_tokens')}"
             )
         facts.append(cut)
+    if receipt.get("partial_tokens"):
+        facts.append(f"{receipt['partial_tokens']:,} tokens from a part of a stored chunk")
     if receipt.get("kv_mode") not in (None, "auto"):
         facts.append(f"mode {receipt['kv_mode']}")
     sources = receipt.get("sources") or ([receipt["source"]] if receipt.get("source") else [])

@@ -23,6 +23,9 @@ from decode.fill_events import (
     Decode,
     Fail,
     FirstToken,
+    FrontLoaded,
+    FrontRejected,
+    LoadFront,
     Open,
     Opened,
     PartArrived,
@@ -956,3 +959,57 @@ def test_a_chunk_that_cannot_be_had_ends_a_followed_plan_even_where_computing_is
     fill, _ = followed("q3", token_s=FAST_COMPUTE)
     (end,) = tell(fill, ChunkRefused(chunk=0, reason="evicted"), 0.1)
     assert isinstance(end, Fail) and end.code == "plan_not_followed"
+
+
+# -- a front that is kept here ------------------------------------------------------------------------------------
+
+
+def test_the_tails_front_is_loaded_while_the_source_answers_and_waited_for() -> None:
+    fill = machine(num_chunks=2, front_stop=2 * 64 + 32, target_s=0.0)
+    assert fill.start(0.0) == [Open(source=0), LoadFront()]
+    tell(fill, stored(2), 0.001)
+    place(fill, 1, "lossless", 0.01)
+    assert Ready() not in place(fill, 0, "lossless", 0.02) and not fill.ready
+    assert tell(fill, FrontLoaded(seconds=0.002), 0.03) == [Ready()]
+    assert (fill.front_stop, fill.num_front_tokens, fill.front_at) == (160, 32, 0.03)
+    assert fill.done
+
+
+def test_a_front_that_is_there_first_changes_nothing_about_the_chunks() -> None:
+    fill, _ = opened(num_chunks=2, front_stop=2 * 64 + 32, target_s=0.0)
+    assert Ready() not in tell(fill, FrontLoaded(seconds=0.002), 0.002)
+    place(fill, 1, "lossless", 0.01)
+    assert Ready() in place(fill, 0, "lossless", 0.02)
+
+
+def test_a_tails_front_that_cannot_be_read_is_computed() -> None:
+    fill = machine(num_chunks=0, num_sources=0, front_stop=48, target_s=0.0)
+    assert fill.start(0.0) == [LoadFront()]
+    assert tell(fill, FrontRejected(reason="it is not there any more"), 0.01) == [Ready()]
+    assert fill.front_stop == fill.num_front_tokens == 0 and "not there any more" in fill.reasons[-1][1]
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_of_a_chunk_that_is_there_in_part_the_rest_is_computed(is_there: bool) -> None:
+    fill = machine(num_chunks=3, num_sources=0, cached_tokens=64 + 16, front_stop=2 * 64 + 32, target_s=0.0)
+    assert fill.start(0.0) == [Compute(chunk=1)], "a front is for its own chunk"
+    assert fill.to_compute(1) == (80, 128)
+    assert tell(fill, ChunkComputed(chunk=1), 0.1) == [LoadFront()]
+    assert fill.table.computing == 2, "nobody else sees to it meanwhile"
+    answer = FrontLoaded(seconds=0.002) if is_there else FrontRejected(reason="damaged")
+    assert tell(fill, answer, 0.2) == [Compute(chunk=2)]
+    assert fill.to_compute(2) == (160 if is_there else 128, 192)
+    assert fill.num_front_tokens == (32 if is_there else 0)
+    assert tell(fill, ChunkComputed(chunk=2), 0.3) == [Ready()]
+
+
+def test_a_front_of_which_part_is_in_the_pages_counts_for_the_rest() -> None:
+    fill = machine(num_chunks=1, num_sources=0, cached_tokens=64 + 16, front_stop=64 + 48, target_s=0.0)
+    assert fill.start(0.0) == [LoadFront()] and tell(fill, FrontLoaded(seconds=0.002), 0.1) == [Ready()]
+    assert fill.num_front_tokens == 32
+
+
+def test_a_chunk_that_a_source_gives_whole_needs_no_front() -> None:
+    fill, _ = opened(num_chunks=2, front_stop=64 + 32, target_s=0.0)
+    commands = place(fill, 1, "lossless", 0.01) + place(fill, 0, "lossless", 0.02)
+    assert Ready() in commands and LoadFront() not in commands and fill.front_stop == 0

@@ -13,13 +13,14 @@ from hypothesis import strategies as st
 
 from decode.estimator import CodecEstimator, ComputeEstimator
 from decode.fill import FillMachine
-from decode.fill_chunks import TEXT
+from decode.fill_chunks import CACHED, TEXT
 from decode.fill_events import (
     BlobArrived,
     BlobDecoded,
     BlobRejected,
     ChunkComputed,
     FirstToken,
+    FrontLoaded,
     Opened,
     PartArrived,
     Refined,
@@ -312,3 +313,23 @@ def test_receipts_of_whole_fills_add_up(seed: int) -> None:
     assert sum(found["ttft_parts_ms"].values()) == pytest.approx(found["ttft_ms"], abs=0.01)
     assert found["num_decisions"] >= 13 and len(found["chunks"]) == 13
     read_replay(found["plan"], num_chunks=13, chunk_tokens=256, known=WORLD_LEVELS)
+
+
+def test_a_part_of_a_stored_chunk_is_told_of_and_counts_as_filling() -> None:
+    spec = FillSpec(
+        num_chunks=1, chunk_tokens=64, levels=LEVELS, chunk_bytes=dict.fromkeys(LEVELS, 1000.0), nested=NESTED,
+        exact=frozenset({"lossless"}), deadline=11.0, tail_s=0.01, cached_tokens=64, front_stop=64 + 48, front_kl=0.01,
+    )  # fmt: skip
+    machine = FillMachine(spec, now=11.0, sources=[], compute=ComputeEstimator(10.0, 0.0), codec=CodecEstimator())
+    machine.start(11.0)
+    machine.handle(FrontLoaded(seconds=0.004), 11.02)
+    assert machine.ready
+    found = build_receipt(
+        request_id="r", kv_mode="auto", prompt_tokens=120, chunk_tokens=64, sources=[], fill=machine,
+        timeline=Timeline(received_at=10.0, admitted_at=11.0, filled_at=11.02, first_token_at=11.05),
+        promised_kl=KL | {CACHED: 0.0}, ended_at=12.0,
+    )  # fmt: skip
+    assert (found["cached_tokens"], found["partial_tokens"], found["tail_tokens"]) == (64, 48, 8)
+    assert found["partial_decode_ms"] == 4.0
+    assert found["ttft_parts_ms"] == {"queue": 1000.0, "open": 0.0, "fill": 20.0, "refine": 0.0, "tail": 30.0}
+    assert found["plan"] is None, "computing everything would not give what lossy KV gave"
