@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from pair import LATEST_S, Pair, running_pair, until
@@ -130,4 +131,19 @@ def test_a_policy_that_rejects_what_comes_late_does_not_reject_the_rest_of_an_an
         preempt(worker)
         assert asking.receipt()["preemptions"] == 1
         assert asking.tokens == pair.reference(tokens, 200)
+        pair.check()
+
+
+@pytest.mark.parametrize("options", [{"kv_mode": "lossless"}, {"plan": {"levels": ["lossless", "text"] * 3}}])
+def test_who_says_how_the_prompt_is_to_be_had_comes_back_too(options: dict[str, Any]) -> None:
+    """Its prompt is loaded again that way; the answer so far is computed."""
+    if "plan" in options:
+        options = {"plan": {**options["plan"], "chunk_tokens": CHUNK, "refinements": []}}
+    with running_pair(policy=EXACT_ONLY, chunk_tokens=CHUNK, num_blocks=NUM_BLOCKS) as pair:
+        tokens = prompt(200, seed=18)
+        asking = pair.begin(tokens, max_tokens=150, **options)
+        until(lambda: len(asking.tokens) > 2 * CHUNK)
+        preempt(pair.decode)
+        assert asking.receipt()["preemptions"] == 1
+        assert asking.tokens == pair.reference(tokens, 150)
         pair.check()
