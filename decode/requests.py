@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 FinishReason = Literal["stop", "length", "cancelled"]
@@ -85,14 +85,18 @@ class GenerationRequest:
     group: str = ""
 
     def to_wire(self) -> dict[str, Any]:
-        """A dictionary that msgpack can carry."""
-        return asdict(self)
+        """A dictionary that msgpack can carry. Not `asdict`, which copies every token by itself: 25 ms for 30,000."""
+        return {**_shallow(self), "sampling": _shallow(self.sampling)}
 
     @classmethod
     def from_wire(cls, body: dict[str, Any]) -> GenerationRequest:
         """The inverse of `to_wire`; sequences come back as tuples."""
         sampling = SamplingParams.from_wire(body["sampling"])
         return cls(**{**body, "token_ids": tuple(body["token_ids"]), "sampling": sampling})
+
+
+def _shallow(item: SamplingParams | GenerationRequest) -> dict[str, Any]:
+    return {each.name: getattr(item, each.name) for each in fields(item)}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

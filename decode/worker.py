@@ -11,6 +11,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from decode.active_request import ActiveRequest
@@ -337,6 +338,8 @@ class DecodeWorker:
     def begin_fill(self, sequence: Sequence, now: float) -> None:
         state = self._requests[sequence.key]
         spec = self._orders(state, now)
+        if sequence.output and spec.infeasible == "reject":
+            spec = replace(spec, infeasible="best_effort")  # its first token came long ago
         self._puller.start(
             sequence.key,
             spec,

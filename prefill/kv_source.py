@@ -205,9 +205,9 @@ class KVSource:
             return
         with self._lock:
             stored = [self._sizes(key, request.max_kl) for key in request.keys]
-            kls = [self._kl(key) for key in request.keys]
+            kls = [0.0 if found is None else self._kl(key) for key, found in zip(request.keys, stored, strict=True)]
             encode_s = self._encode_times.of_chunk(request.chunk_tokens)
-            self._transfers.open(event.transfer_id, request)
+            self._transfers.open(event.transfer_id, request, kls)
         lossy = {"kl": kls} if any(kls) else {}
         self._link(event.transfer_id).accept(
             event.transfer_id,
@@ -246,11 +246,15 @@ class KVSource:
                 self._link(event.transfer_id).fail(event.transfer_id, event.chunk, wrong)
                 return
             ask = Ask(level=event.level, priority=event.priority)
-            if self._is_here(transfer.request.keys[event.chunk], transfer.request.max_kl):
+            if self._has(transfer, event.chunk):
                 transfer.make_ready(event.chunk, ask)
                 self._lock.notify_all()
             else:
                 self._want_computed(transfer, event.chunk, ask)
+
+    def _has(self, transfer: Transfer, chunk: int) -> bool:
+        """Whether a chunk is here as the receiver was told: it may have gone since, and come back worse."""
+        return self._is_here(transfer.request.keys[chunk], transfer.kls[chunk])
 
     def _is_here(self, key: bytes, max_kl: float) -> bool:
         fresh = self._fresh.get(key)
@@ -316,7 +320,7 @@ class KVSource:
             if ask is None or transfer.is_closed:
                 return
             # Evicted since it was asked for?
-            if not self._is_here(transfer.request.keys[chunk], transfer.request.max_kl):
+            if not self._has(transfer, chunk):
                 self._want_computed(transfer, chunk, ask)
                 return
         level = self._link(transfer.id).take(transfer.id, chunk)

@@ -9,7 +9,7 @@ what was supplied for it is unsent, or when it is more urgent than all of that.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from prefill.chunks import split_level
@@ -28,8 +28,11 @@ class Ask:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class Transfer:
+    """kls: of each chunk, the promise that the receiver counts on; 0, exact, of those that were not here."""
+
     id: str
     request: OpenRequest
+    kls: Sequence[float]
     waiting: dict[int, Ask] = field(default_factory=dict)
     ready: dict[int, Ask] = field(default_factory=dict)
     unsent_priority: int | None = None  # the most urgent of what was supplied, until little of it is unsent
@@ -63,9 +66,11 @@ class Transfers:
     def __iter__(self) -> Iterator[Transfer]:
         return iter(self._by_id.values())
 
-    def open(self, transfer_id: str, request: OpenRequest) -> Transfer:
+    def open(self, transfer_id: str, request: OpenRequest, kls: Sequence[float] | None = None) -> Transfer:
+        """kls: see Transfer; None: all exact."""
         assert transfer_id not in self._by_id, transfer_id
-        transfer = self._by_id[transfer_id] = Transfer(id=transfer_id, request=request)
+        kls = (0.0,) * len(request.keys) if kls is None else kls
+        transfer = self._by_id[transfer_id] = Transfer(id=transfer_id, request=request, kls=kls)
         return transfer
 
     def get(self, transfer_id: str) -> Transfer | None:

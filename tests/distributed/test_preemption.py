@@ -5,11 +5,13 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 from pair import LATEST_S, Pair, running_pair, until
 
 from decode.slo import SLOPolicy
+from decode.worker import DecodeWorker
 from prefill.store import ChunkStore
 
 CHUNK = 32
@@ -20,6 +22,20 @@ EXACT_ONLY = SLOPolicy(ttft_s=30.0, levels=("lossless",), floor="lossless", ceil
 def prompt(length: int, seed: int) -> list[int]:
     rng = random.Random(seed)
     return [rng.randrange(3, 512) for _ in range(length)]
+
+
+def preempt(worker: DecodeWorker, *, times: int = 1) -> None:
+    """The only request gives way and is admitted again, so many times at once."""
+    with worker._lock:
+        (key,) = worker._requests
+        sequence = worker._scheduler.get(key)
+        assert sequence is not None
+        while sequence.pins:
+            worker._lock.wait(0.001)
+        for _ in range(times):
+            now = time.monotonic()
+            worker._holders.spill(worker._scheduler.preempt(key, now), now)
+            worker._holders.admit(now)
 
 
 @pytest.fixture(params=["pages and store", "pages", "store", "neither"])
@@ -75,17 +91,8 @@ def test_a_request_that_is_preempted_while_it_fills_again_keeps_only_what_is_the
     tokens = prompt(200, seed=15)
     asking, worker = pair.begin(tokens, max_tokens=500, with_source=False), pair.decode
     until(lambda: len(asking.tokens) > 20)
-    for _ in range(2):  # the second time nothing has come yet
-        with worker._lock:
-            (key,) = worker._requests
-            sequence = worker._scheduler.get(key)
-            assert sequence is not None
-            while sequence.pins:
-                worker._lock.wait(0.001)
-            for _ in range(2):
-                now = time.monotonic()
-                worker._holders.spill(worker._scheduler.preempt(key, now), now)
-                worker._holders.admit(now)
+    for _ in range(2):
+        preempt(worker, times=2)  # the second time nothing has come yet
     assert asking.receipt()["preemptions"] == 4
     assert asking.tokens == pair.reference(tokens, 500)
 
@@ -108,15 +115,7 @@ def test_a_floor_above_the_policys_levels_does_not_turn_away_who_was_accepted() 
         asking = pair.begin(tokens, max_tokens=200, with_source=False, floor="lossless")
         until(lambda: len(asking.tokens) > 2 * CHUNK)
         assert worker.source is not None and worker.source.wait_until_idle(LATEST_S)
-        with worker._lock:
-            (key,) = worker._requests
-            sequence = worker._scheduler.get(key)
-            assert sequence is not None
-            while sequence.pins:
-                worker._lock.wait(0.001)
-            now = time.monotonic()
-            worker._holders.spill(worker._scheduler.preempt(key, now), now)
-            worker._holders.admit(now)
+        preempt(worker)
         assert asking.receipt()["preemptions"] == 1
         assert asking.tokens == pair.reference(tokens, 200)
         pair.check()
@@ -136,3 +135,31 @@ def test_a_more_urgent_arrival_does_not_wait_for_the_pages_of_batch_jobs(pair: P
     receipts = [job.receipt() for job in begun]
     assert sum(receipt["preemptions"] for receipt in receipts) > 0
     assert [job.tokens for job in begun] == expected
+
+
+def test_a_policy_that_rejects_what_comes_late_does_not_reject_the_rest_of_an_answer() -> None:
+    policy = SLOPolicy(ttft_s=0.001, levels=("lossless",), floor="lossless", infeasible="reject")
+    with running_pair(policy=policy, chunk_tokens=CHUNK, num_blocks=NUM_BLOCKS, store=ChunkStore(64 << 20)) as pair:
+        tokens, worker = prompt(200, seed=17), pair.decode
+        asking = pair.begin(tokens, max_tokens=200, with_source=False)  # without a source nothing is rejected
+        until(lambda: len(asking.tokens) > CHUNK)
+        assert worker.source is not None and worker.source.wait_until_idle(LATEST_S)
+        preempt(worker)
+        assert asking.receipt()["preemptions"] == 1
+        assert asking.tokens == pair.reference(tokens, 200)
+        pair.check()
+
+
+@pytest.mark.parametrize("options", [{"kv_mode": "lossless"}, {"plan": {"levels": ["lossless", "text"] * 3}}])
+def test_who_says_how_the_prompt_is_to_be_had_comes_back_too(options: dict[str, Any]) -> None:
+    """Its prompt is loaded again that way; the answer so far is computed."""
+    if "plan" in options:
+        options = {"plan": {**options["plan"], "chunk_tokens": CHUNK, "refinements": []}}
+    with running_pair(policy=EXACT_ONLY, chunk_tokens=CHUNK, num_blocks=NUM_BLOCKS) as pair:
+        tokens = prompt(200, seed=18)
+        asking = pair.begin(tokens, max_tokens=150, **options)
+        until(lambda: len(asking.tokens) > 2 * CHUNK)
+        preempt(pair.decode)
+        assert asking.receipt()["preemptions"] == 1
+        assert asking.tokens == pair.reference(tokens, 150)
+        pair.check()

@@ -9,6 +9,7 @@ from prefill.open_request import OpenRequest
 from prefill.peer_chunks import Fetch
 from prefill.prompt import FreshChunk
 from prefill.store import MASTER_LEVEL
+from transport.events import ChunkFailed
 from transport.shaper import Shaper
 
 OLD, NEW = 4, 2  # chunks
@@ -97,6 +98,22 @@ def offer(worker: Receiver, tokens: list[int], kl: float) -> None:
     k, v = worker.worker._runtime.decode(blob, start=0, stop=CHUNK)
     assert worker.worker.offer(request.keys[0], FreshChunk(k=k, v=v, start=0, kl=kl))
     assert worker.worker.wait_until_idle(LATEST_S)
+
+
+def test_what_came_back_worse_is_not_what_the_receiver_was_told() -> None:
+    tokens = prompt(2 * CHUNK, seed=6)
+    with serving() as worker:
+        offer(worker, tokens, kl=0.0)
+        transfer_id = worker.open(tokens, stored_only=True, max_kl=0.05)
+        assert "kl" not in worker.next(transfer_id).body, "exact"
+        for key in worker.worker._read_open({"token_ids": tokens, "chunk_tokens": CHUNK}).keys:
+            worker.worker.store.drop(key)
+        offer(worker, tokens, kl=0.03)
+        worker.client.request(transfer_id, 0, MASTER_LEVEL)
+        assert isinstance(worker.next(transfer_id), ChunkFailed)
+        again = worker.open(tokens, stored_only=True, max_kl=0.05)
+        assert worker.next(again).body["kl"] == [0.03]
+        assert worker.blobs(again, 0)[0]
 
 
 def test_lossy_kv_is_only_for_those_who_take_it() -> None:

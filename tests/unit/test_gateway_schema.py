@@ -121,6 +121,7 @@ def test_what_is_no_json_object(raw: bytes) -> None:
         ({"presence_penalty": 2.5}, "presence_penalty"),
         ({"frequency_penalty": -3}, "frequency_penalty"),
         ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"repetition_penalty": 1e-45}, "repetition_penalty"),
         ({"min_p": 1.1}, "min_p"),
         ({"min_tokens": 17}, "min_tokens"),
         ({"priority": 0.5}, "priority"),
