@@ -26,6 +26,7 @@ from decode.worker import DecodeWorker
 from prefill.disk_store import StoreError
 from prefill.model import ModelRefused
 from prefill.runtime import ModelRuntime, load_runtime
+from prefill.store import ChunkStore
 from prefill.worker import PrefillWorker
 from transport.curve import CurveKeys
 from transport.errors import TransportError
@@ -97,9 +98,10 @@ class WorkerActor:
         logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s")
         self._refused: str | None = None
         self._hosted: list[HostedWorker] = []
+        self._store: ChunkStore | None = None
         try:
             loaded = load_runtime(**runtime, spares_blocks=companion is not None)
-            opened = None if store is None else loaded.open_store(**store)
+            opened = self._store = None if store is None else loaded.open_store(**store)
             options = _with_node_address(worker)
             if role == "decode":
                 decode = DecodeWorker(loaded, store=opened, worker_id=worker_id, **options)
@@ -167,10 +169,12 @@ class WorkerActor:
         return next(hosted for hosted in self._hosted if worker_id in (None, hosted.info.id)).stats()
 
     def set_policy(self, number: int, policy: SLOPolicy) -> None:
-        """For later requests. Reported from now on under this number, see cluster/policy_reload.py."""
+        """For later requests, and for what the store holds of tenants. Reported from now on under this number, see
+        cluster/policy_reload.py."""
         for hosted in self._hosted:
-            if hosted.info.role == "decode":
-                hosted.set_policy(number, policy)
+            hosted.set_policy(number, policy)
+        if self._store is not None:
+            self._store.set_shares(policy.store_shares())
 
     def check_integrity(self) -> None:
         """For tests: raises AssertionError when something does not add up."""

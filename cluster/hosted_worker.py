@@ -39,14 +39,12 @@ class HostedWorker:
         self._may_aggregate = policy is None or may_aggregate(policy)
 
     def stats(self) -> dict[str, float]:
-        stats = self.worker.stats()
-        if self.info.role == "prefill":
-            return stats
-        return {**stats, POLICY_NUMBER: self._policy_number, MAY_AGGREGATE: float(self._may_aggregate)}
+        stats = {**self.worker.stats(), POLICY_NUMBER: self._policy_number}
+        return stats if self.info.role == "prefill" else {**stats, MAY_AGGREGATE: float(self._may_aggregate)}
 
     def set_policy(self, number: int, policy: SLOPolicy) -> None:
-        assert isinstance(self.worker, DecodeWorker)
-        self.worker.set_policy(policy)
+        if isinstance(self.worker, DecodeWorker):
+            self.worker.set_policy(policy)
         self._policy_number, self._may_aggregate = number, may_aggregate(policy)
 
     def report(self, controller: Any) -> None:

@@ -311,6 +311,7 @@ def _store(config: ServeConfig, worker_id: str) -> dict[str, Any]:
         "path": None if config.store_path is None else str(Path(config.store_path) / worker_id),
         "disk_bytes": config.store_disk_bytes,
         "ttl_s": config.store_ttl_s,
+        "tenant_shares": config.policy.store_shares(),
     }
 
 

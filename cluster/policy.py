@@ -102,6 +102,7 @@ def _given(keys: TenantKeys, share: TenantShare) -> dict[str, Any]:
             "max_requests": limits.max_requests,
             "max_waiting": limits.max_waiting,
             "max_blocks_share": limits.max_kv_share,
+            "max_store_share": limits.max_store_share,
         }
         fields["share"] = replace(share, **{name: value for name, value in given.items() if value is not None})
     if keys.infeasible is not None:

@@ -1,4 +1,4 @@
-"""A policy file that is looked at once a second, and decode workers that are brought to what it says.
+"""A policy file that is looked at once a second, and workers that are brought to what it says.
 
 PolicyFileWatch and workers_behind decide, from file stats, reports and the time; PolicyKeeper is the shell around them,
 run by `kvstream serve` on the machine where the file lies. Each policy that takes effect has a number, 0 for the one
@@ -20,7 +20,7 @@ from cluster.yaml_file import ConfigError
 from decode.slo import SLOPolicy
 
 SETTLE_S = 0.5  # a file is read when it has not changed for so long: nobody is in the midst of writing it
-POLICY_NUMBER = "policy_number"  # among a decode worker's stats
+POLICY_NUMBER = "policy_number"  # among a worker's stats
 
 Verdict = Literal["nothing", "read", "gone"]
 
@@ -61,8 +61,8 @@ class PolicyFileWatch:
 
 
 def workers_behind(table: Iterable[WorkerInfo], number: int) -> list[str]:
-    """The decode workers that have another policy than this one."""
-    return [info.id for info in table if info.role == "decode" and info.stats.get(POLICY_NUMBER, number) != number]
+    """The workers that have another policy than this one."""
+    return [info.id for info in table if info.stats.get(POLICY_NUMBER, number) != number]
 
 
 class PolicyKeeper:

@@ -80,6 +80,11 @@ class Share(BaseModel):
     max_kv_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
         default=None, description="Of the KV pages, above 0 up to 1."
     )
+    max_store_share: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        default=None,
+        description="Of each worker's chunk store, in RAM and on disk, above 0 up to 1. At its share, a tenant's own "
+        "chunks go for its new ones.",
+    )
 
 
 class TenantKeys(BaseModel):
@@ -117,7 +122,7 @@ class TenantKeys(BaseModel):
     )
     share: Share | None = Field(
         default=None,
-        description="What a tenant may have of each decode worker, where several want it. Default: all weigh the same, "
+        description="What a tenant may have of each worker, where several want it. Default: all weigh the same, "
         "and nothing is limited.",
     )
     infeasible: Infeasible | None = Field(

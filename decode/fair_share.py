@@ -18,13 +18,15 @@ class TenantShare:
 
     weight: of two tenants that both have requests waiting, one of weight 2 gets twice the service of one of weight 1.
     max_requests: admitted at once. max_blocks_share: of the worker's KV blocks, above 0 up to 1. max_waiting: in the
-    queue at once; more are refused.
+    queue at once; more are refused. max_store_share: of each tier of the worker's chunk store (prefill/store.py), above
+    0 up to 1; the scheduler has no use for it.
     """
 
     weight: float = 1.0
     max_requests: int | None = None
     max_blocks_share: float | None = None
     max_waiting: int | None = None
+    max_store_share: float | None = None
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.weight) and self.weight > 0):
@@ -32,8 +34,9 @@ class TenantShare:
         for name, limit in (("max_requests", self.max_requests), ("max_waiting", self.max_waiting)):
             if limit is not None and limit < 1:
                 raise ValueError(f"{name} is {limit}; it must be at least 1, or left out for no limit.")
-        if self.max_blocks_share is not None and not 0 < self.max_blocks_share <= 1:
-            raise ValueError(f"max_blocks_share is {self.max_blocks_share}; it must be above 0 and at most 1.")
+        for name, part in (("max_blocks_share", self.max_blocks_share), ("max_store_share", self.max_store_share)):
+            if part is not None and not 0 < part <= 1:
+                raise ValueError(f"{name} is {part}; it must be above 0 and at most 1.")
 
 
 class FairShare:

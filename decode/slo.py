@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from decode.fair_share import TenantShare
+from prefill.tier_index import StoreShares
 
 Infeasible = Literal["best_effort", "reject", "text"]
 
@@ -24,7 +25,7 @@ class SLOPolicy:
     allow_recompute: whether chunks may be computed from text on the decode worker while others load.
     max_recompute_share: of a prompt's chunks, 0 to 1, as long as a source can be had.
     infeasible: what to do when not even the floor can be in time: serve as fast as possible, refuse, or compute all.
-    share: of a decode worker, that one tenant may have, or everybody together who is no tenant.
+    share: of a worker, that one tenant may have, or everybody together who is no tenant.
     link_prior_bps: bits per second that a link never seen is taken for.
     tenants: overrides by tenant: names of these fields and their values.
     """
@@ -50,6 +51,11 @@ class SLOPolicy:
     def shares(self) -> dict[str, TenantShare]:
         """By tenant, for those that have a part of the policy."""
         return {name: self.for_tenant(name).share for name in self.tenants}
+
+    def store_shares(self) -> StoreShares:
+        """Of each worker's chunk store."""
+        named = {name: share.max_store_share or 1.0 for name, share in self.shares().items()}
+        return StoreShares(tenants=named, default=self.share.max_store_share or 1.0)
 
     def for_tenant(self, name: str) -> SLOPolicy:
         """The policy with this tenant's overrides; itself for one that has none."""

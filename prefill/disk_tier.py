@@ -12,7 +12,7 @@ from pathlib import Path
 from prefill.disk_records import ChunkRecord
 from prefill.disk_store import DeleteBlob, DiskStore, PutBlob, StoreDamaged
 from prefill.disk_writer import OFF_S, DiskWriter
-from prefill.tier_index import MASTER_LEVEL, ChunkMeta, Name, TierIndex
+from prefill.tier_index import MASTER_LEVEL, ChunkMeta, Name, StoreShares, TierIndex
 
 log = logging.getLogger("kvstream.store")
 
@@ -43,7 +43,7 @@ class DiskTier:
         options: DiskOptions,
         *,
         pins: Mapping[bytes, int],
-        tenant_caps: Mapping[str, int],
+        tenant_shares: StoreShares | None,
         ttl_s: float | None,
         now: float,
         lock: AbstractContextManager[object],
@@ -52,7 +52,7 @@ class DiskTier:
         self._store = DiskStore(options.path, capacity_bytes=options.capacity_bytes, namespace=options.namespace)
         self._levels = options.levels | {MASTER_LEVEL}
         self._payload_bytes = int(options.capacity_bytes * PAYLOAD_SHARE)
-        self.index = TierIndex(self._payload_bytes, pins=pins, tenant_caps=tenant_caps, ttl_s=ttl_s)
+        self.index = TierIndex(self._payload_bytes, pins=pins, tenant_shares=tenant_shares, ttl_s=ttl_s)
         self.capacity_bytes = options.capacity_bytes
         self.num_evictions = self.num_damaged = self.num_skipped = 0
         self._lock, self._on_change = lock, on_change
@@ -106,6 +106,12 @@ class DiskTier:
         self._delete(expired)
         return expired
 
+    def set_shares(self, tenant_shares: StoreShares) -> list[Name]:
+        return self._evicted(self.index.set_shares(tenant_shares))
+
+    def unpinned(self) -> list[Name]:
+        return self._evicted(self.index.unpinned())
+
     def drop_damaged(self, key: bytes, level: str) -> None:
         """What could not be read is computed again; without its master, a chunk goes as a whole."""
         self.num_damaged += 1
@@ -129,6 +135,11 @@ class DiskTier:
         return is_flushed
 
     # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _evicted(self, names: list[Name]) -> list[Name]:
+        self._delete(names)
+        self.num_evictions += len(names)
+        return names
 
     def _delete(self, names: Iterable[Name]) -> None:
         for key, level in names:

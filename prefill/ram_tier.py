@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 
 from prefill.blob_arena import BlobArena, BlobPlace
-from prefill.tier_index import ChunkMeta, Name, TierIndex
+from prefill.tier_index import ChunkMeta, Name, StoreShares, TierIndex
 
 log = logging.getLogger("kvstream.store")
 
@@ -49,6 +49,17 @@ class RamTier:
         expired = self.index.expire(now)
         self._free(expired)
         return expired
+
+    def set_shares(self, tenant_shares: StoreShares) -> list[Name]:
+        return self._evicted(self.index.set_shares(tenant_shares))
+
+    def unpinned(self) -> list[Name]:
+        return self._evicted(self.index.unpinned())
+
+    def _evicted(self, names: list[Name]) -> list[Name]:
+        self._free(names)
+        self.num_evictions += len(names)
+        return names
 
     def _free(self, names: list[Name]) -> None:
         for name in names:

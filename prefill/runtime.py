@@ -28,7 +28,7 @@ from prefill.model_size import read_model_size
 from transport.messages import Greeting
 
 if TYPE_CHECKING:
-    from prefill.store import ChunkStore
+    from prefill.store import ChunkStore, StoreShares
 
 log = logging.getLogger("kvstream.runtime")
 
@@ -79,6 +79,7 @@ class ModelRuntime:
         path: str | Path | None = None,
         disk_bytes: int = 0,
         ttl_s: float | None = None,
+        tenant_shares: StoreShares | None = None,
     ) -> ChunkStore:
         """A chunk store for KV of this model; on disk too if a directory is given, which is then its own. Raises
         prefill.disk_store.StoreError."""
@@ -95,7 +96,7 @@ class ModelRuntime:
                 namespace=f"{greeting.model_fingerprint} {greeting.kv_layout} {greeting.codec_profile} {chunk_tokens}",
                 levels=frozenset() if finest is None else frozenset({finest.name}),
             )
-        return ChunkStore(ram_bytes, disk=disk, ttl_s=ttl_s)
+        return ChunkStore(ram_bytes, disk=disk, tenant_shares=tenant_shares, ttl_s=ttl_s)
 
     def encode(self, k: Tensor, v: Tensor, *, start: int, level: str) -> bytes:
         """Encode k, v [L, T, H, D] of the tokens from position `start` on. Raises codec.errors.CodecError."""

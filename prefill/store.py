@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from prefill.disk_tier import DiskOptions, DiskTier
 from prefill.ram_tier import RamTier
 from prefill.store_changes import ChangeLog, Changes, StoreTier
-from prefill.tier_index import MASTER_LEVEL, ChunkMeta, TierIndex
+from prefill.tier_index import MASTER_LEVEL, ChunkMeta, Name, StoreShares, TierIndex
 
-__all__ = ["MASTER_LEVEL", "Changes", "ChunkStore", "DiskOptions", "StoreStats", "TenantBytes"]
+__all__ = ["MASTER_LEVEL", "Changes", "ChunkStore", "DiskOptions", "StoreShares", "StoreStats", "TenantBytes"]
 
 MAX_CHANGES = 100_000  # remembered for `changes`
 READ_TRIES = 3  # of a blob that is replaced while it is read from disk
@@ -28,10 +28,10 @@ READ_TRIES = 3  # of a blob that is replaced while it is read from disk
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TenantBytes:
-    """Payload in each tier, of a tenant. As a cap: None means no more than the tier's capacity."""
+    """Payload in each tier, of a tenant."""
 
-    ram_bytes: int | None = None
-    disk_bytes: int | None = None
+    ram_bytes: int = 0
+    disk_bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +64,9 @@ class StoreStats:
 class ChunkStore:
     """Blobs under (chunk key, level), at most `capacity_bytes` of payload in RAM.
 
-    ttl_s: chunks unused for so long are dropped. clock: seconds since the epoch; it may stand still, and going back
-    counts as that. Raises disk_store.StoreError when the disk tier's directory cannot be used.
+    tenant_shares: of each tier, None: no caps. ttl_s: chunks unused for so long are dropped. clock: seconds since the
+    epoch; it may stand still, and going back counts as that. Raises disk_store.StoreError when the disk tier's
+    directory cannot be used.
     """
 
     def __init__(
@@ -73,24 +74,21 @@ class ChunkStore:
         capacity_bytes: int,
         *,
         disk: DiskOptions | None = None,
-        tenant_caps: Mapping[str, TenantBytes] | None = None,
+        tenant_shares: StoreShares | None = None,
         ttl_s: float | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
-        caps = (tenant_caps or {}).items()
         self._lock = threading.RLock()
         self._clock, self._now = clock, clock()
         self._pins: Counter[bytes] = Counter()
-        ram_caps = {tenant: cap.ram_bytes for tenant, cap in caps if cap.ram_bytes is not None}
-        self._ram = RamTier(TierIndex(capacity_bytes, pins=self._pins, tenant_caps=ram_caps, ttl_s=ttl_s))
+        self._ram = RamTier(TierIndex(capacity_bytes, pins=self._pins, tenant_shares=tenant_shares, ttl_s=ttl_s))
         # An epoch of an earlier process must not pass for one of this.
         self._changes = ChangeLog(time.time_ns() // 1000, MAX_CHANGES)
         self._hits = self._disk_hits = self._misses = 0
         self._disk: DiskTier | None = None
         if disk is not None:
-            disk_caps = {tenant: cap.disk_bytes for tenant, cap in caps if cap.disk_bytes is not None}
             self._disk = DiskTier(
-                disk, pins=self._pins, tenant_caps=disk_caps, ttl_s=ttl_s, now=self._now, lock=self._lock,
+                disk, pins=self._pins, tenant_shares=tenant_shares, ttl_s=ttl_s, now=self._now, lock=self._lock,
                 on_change=self._settle,
             )  # fmt: skip
 
@@ -178,8 +176,13 @@ class ChunkStore:
                 self._pins[key] -= 1
                 if not self._pins[key]:
                     del self._pins[key]
-            for tier in self._tiers():
-                tier.index.unpinned()
+            self._settle_evicted(name for tier in self._tiers() for name in tier.unpinned())
+
+    def set_shares(self, tenant_shares: StoreShares) -> None:
+        """Caps from now on: a tenant that has more loses its own chunks at once, those unused longest first. What is
+        pinned stays until it is not."""
+        with self._lock:
+            self._settle_evicted(name for tier in self._tiers() for name in tier.set_shares(tenant_shares))
 
     def drop(self, key: bytes) -> None:
         """Forget a chunk in all tiers, pinned or not."""
@@ -283,9 +286,7 @@ class ChunkStore:
     def _tick(self) -> None:
         """Time goes on: what is not used any more goes."""
         self._now = max(self._now, self._clock())
-        expired = [name for tier in self._tiers() for name in tier.expire(self._now)]
-        if expired:
-            self._settle(key for key, _ in expired)
+        self._settle_evicted(name for tier in self._tiers() for name in tier.expire(self._now))
 
     def _touch(self, key: bytes, level: str) -> None:
         self._ram.index.touch(key, level, self._now)
@@ -300,6 +301,9 @@ class ChunkStore:
                     for level in tier.index.levels(key):
                         tier.remove(key, level)
             self._changes.note(key)
+
+    def _settle_evicted(self, names: Iterable[Name]) -> None:
+        self._settle([key for key, _ in names])
 
     def _drop_outdated(self, key: bytes, meta: ChunkMeta) -> None:
         """A master was replaced: the old one where the new one was not taken, and all that was made from it."""

@@ -28,6 +28,20 @@ class ChunkMeta:
     parent: bytes | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StoreShares:
+    """The most that a tenant may have of a tier, above 0 up to 1 of its capacity. default: each tenant not named."""
+
+    tenants: Mapping[str, float] = field(default_factory=dict)
+    default: float = 1.0
+
+    def __post_init__(self) -> None:
+        assert all(0 < share <= 1 for share in (self.default, *self.tenants.values())), self
+
+    def of(self, tenant: str) -> float:
+        return self.tenants.get(tenant, self.default)
+
+
 @dataclass(slots=True)
 class _Master:
     size_bytes: int
@@ -53,12 +67,13 @@ class TierIndex:
         capacity_bytes: int,
         *,
         pins: Mapping[bytes, int],
-        tenant_caps: Mapping[str, int] | None = None,
+        tenant_shares: StoreShares | None = None,
         ttl_s: float | None = None,
     ) -> None:
         assert capacity_bytes > 0 and (ttl_s is None or ttl_s > 0)
         self.capacity_bytes, self.used_bytes, self.master_bytes = capacity_bytes, 0, 0
-        self._pins, self._caps, self._ttl_s = pins, dict(tenant_caps or {}), ttl_s
+        self._first_capacity_bytes = capacity_bytes  # shares are of this one: a tier whose file is full counts on less
+        self._pins, self._caps, self._ttl_s = pins, tenant_shares or StoreShares(), ttl_s
         self._masters: dict[bytes, _Master] = {}
         self._derived: dict[bytes, dict[str, int]] = {}  # sizes by level
         self._tenant_of: dict[bytes, str] = {}  # of every key here; a derived blob's master may be in another tier
@@ -205,14 +220,31 @@ class TierIndex:
                     self._evict((key, level), expired)
         return expired
 
-    def unpinned(self) -> None:
-        """Some pins are gone: what was overdue may go now."""
+    def set_shares(self, tenant_shares: StoreShares) -> list[Name]:
+        """From now on. -> what went of tenants that have more. What is pinned stays, above the cap if need be."""
+        self._caps = tenant_shares
+        return self._evict_above_caps()
+
+    def unpinned(self) -> list[Name]:
+        """Some pins are gone: what was overdue may go now. -> what went of tenants above their caps."""
         self._next_expiry = float("-inf")
+        return self._evict_above_caps()
 
     # -- who goes -------------------------------------------------------------------------------------------------
 
     def _cap(self, tenant: str) -> int:
-        return min(self._caps.get(tenant, self.capacity_bytes), self.capacity_bytes)
+        share_bytes = int(self._caps.of(tenant) * self._first_capacity_bytes + 1e-6)
+        return min(share_bytes, self.capacity_bytes)
+
+    def _evict_above_caps(self) -> list[Name]:
+        evicted: list[Name] = []
+        above = [tenant for tenant, share in self._shares.items() if share.used_bytes > self._cap(tenant)]
+        kept = self._kept(None) if above else set()
+        for tenant in above:
+            share = self._shares[tenant]
+            while share.used_bytes > self._cap(tenant) and (name := self._oldest([share], kept)) is not None:
+                self._evict(name, evicted)
+        return evicted
 
     def _make_room_for_master(self, key: bytes, size_bytes: int, meta: ChunkMeta) -> list[Name] | None:
         old = self._masters.get(key)
@@ -289,7 +321,9 @@ class TierIndex:
         assert set(self._tenant_of) == self._masters.keys() | self._derived.keys()
         for tenant, share in self._shares.items():
             own = {name: size for name, size in sizes.items() if self._tenant_of[name[0]] == tenant}
-            assert own and sum(own.values()) == share.used_bytes <= self._cap(tenant), (tenant, own)
+            assert own and sum(own.values()) == share.used_bytes, (tenant, own)
+            if share.used_bytes > self._cap(tenant):
+                assert self._oldest([share], self._kept(None)) is None, "above its cap, and not for pins"
             assert sum(size for name, size in own.items() if name[1] == MASTER_LEVEL) == share.master_bytes
             assert {name for name in own if name[1] != MASTER_LEVEL} == share.derived.keys()
             assert len(share.masters) == sum(name[1] == MASTER_LEVEL for name in own)

@@ -109,23 +109,28 @@ def test_metrics_and_health(cluster) -> None:
     assert httpx.get(f"{cluster.base_url}/health").json()["status"] == "ok"
 
 
-def test_a_changed_policy_file_reaches_the_decode_workers(cluster, tmp_path) -> None:
+def test_a_changed_policy_file_reaches_the_workers_and_their_stores(cluster, tmp_path) -> None:
     path, lines = tmp_path / "policy.yaml", []
     path.write_text("ttft_ms: 20000\n")  # as the cluster was started with
     keeper = policy_keeper(load_config(None, policy=path), cluster, say=lines.append)
-    decoders = [actor for name, actor in cluster.workers.items() if name.startswith("decode")]
+
+    def stats() -> list[dict[str, float]]:
+        return ray.get([worker.stats.remote() for worker in cluster.workers.values()], timeout=60)
 
     def change(text: str, now: float) -> set[float]:
         path.write_text(text)
         keeper.tick(now)
         keeper.tick(now + 1.0)
-        return {stats[POLICY_NUMBER] for stats in ray.get([d.stats.remote() for d in decoders], timeout=60)}
+        return {reported[POLICY_NUMBER] for reported in stats()}
 
     assert change("ttft_ms: 7000\n", 10.0) == {1}
     assert ask_all(cluster.base_url, [prompt(300, seed=6)], max_tokens=1)[0].receipt["target_ms"] == 7000
     assert change("ttft_ms: soon\n", 20.0) == {1}
     assert "policy 1 stays" in lines[-1]
-    assert change("ttft_ms: 20000\n", 30.0) == {2}
+    assert sum(reported["store_used_bytes"] for reported in stats()) > 0
+    assert change("ttft_ms: 20000\nshare: {max_store_share: 0.000001}\n", 30.0) == {2}
+    assert sum(reported["store_used_bytes"] for reported in stats()) == 0
+    assert change("ttft_ms: 20000\n", 40.0) == {3}
 
 
 def test_a_controller_that_restarts_is_not_noticed(cluster, alone) -> None:

@@ -13,11 +13,13 @@ import cluster.actors
 from cluster.actors import Controller, WorkerActor, _kv_endpoint
 from cluster.hosted_worker import HostedWorker, may_aggregate
 from cluster.membership import EXPIRED_S, Role, WorkerInfo, companion_id, host_id
+from cluster.policy import parse_policy
 from cluster.policy_reload import POLICY_NUMBER
 from cluster.prefix_index import Coverage, IndexFeed
 from cluster.route_costs import MAY_AGGREGATE
 from decode.slo import SLOPolicy
 from decode.worker import DecodeWorker
+from prefill.store import MASTER_LEVEL, ChunkStore
 
 
 class Ended(BaseException):
@@ -48,10 +50,10 @@ def hosted(role: Role, worker: Any, worker_id: str = "") -> HostedWorker:
     return HostedWorker(worker, info, policy=None)
 
 
-def worker_actor(role: Role, worker: Any, *others: HostedWorker) -> WorkerActor:
+def worker_actor(role: Role, worker: Any, *others: HostedWorker, store: ChunkStore | None = None) -> WorkerActor:
     """An actor around a worker, and others, without the process."""
     actor = object.__new__(WorkerActor)
-    actor._hosted = [hosted(role, worker), *others]
+    actor._hosted, actor._store = [hosted(role, worker), *others], store
     return actor
 
 
@@ -97,8 +99,15 @@ def test_a_policy_reaches_the_worker_and_then_its_reports() -> None:
     assert actor.stats()[POLICY_NUMBER] == 3, "a policy that was not taken is not reported"
 
 
-def test_prefill_workers_have_no_policy() -> None:
-    assert worker_actor("prefill", FakeWorker(looks=1, asked=1)).stats() == {"asked": 2}
+@pytest.mark.parametrize("role", ["prefill", "decode"])
+def test_a_policy_reaches_the_store_of_either_role(role: Role) -> None:
+    store = ChunkStore(100)
+    for number in range(6):
+        store.put(chunk(number), MASTER_LEVEL, bytes(10), tenant="free" if number % 2 else "gold")
+    actor = worker_actor(role, Taker() if role == "decode" else FakeWorker(looks=1, asked=1), store=store)
+    actor.set_policy(1, parse_policy("share: {max_store_share: 0.1}\ntenants: {gold: {share: {max_store_share: 0.2}}}"))
+    assert {tenant: held.ram_bytes for tenant, held in store.stats().tenants.items()} == {"free": 10, "gold": 20}
+    assert actor.stats()[POLICY_NUMBER] == 1
 
 
 def test_a_companion_reports_beside_its_prefill_worker_and_takes_the_policies(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -120,7 +129,7 @@ def test_a_companion_reports_beside_its_prefill_worker_and_takes_the_policies(mo
     companion.worker = Taker()
     actor.set_policy(3, SLOPolicy(ttft_s=1.0))
     assert actor.stats("prefill/decode") == {"decode_sequences": 0, POLICY_NUMBER: 3, MAY_AGGREGATE: 1.0}
-    assert POLICY_NUMBER not in actor.stats()
+    assert actor.stats()[POLICY_NUMBER] == 3 and MAY_AGGREGATE not in actor.stats()
 
 
 # -- what a worker holds --------------------------------------------------------------------------------------------

@@ -31,19 +31,32 @@ def test_a_full_policy_in_seconds() -> None:
 
 def test_shares_are_inherited_key_by_key() -> None:
     text = (
-        "share: {max_requests: 8, max_kv_share: 0.5}\ntenants:\n  gold: {share: {weight: 3}}\n  free: {ttft_ms: 900}\n"
+        "share: {max_requests: 8, max_kv_share: 0.5, max_store_share: 0.3}\n"
+        "tenants:\n  gold: {share: {weight: 3, max_store_share: 1}}\n  free: {ttft_ms: 900}\n"
     )
     policy = parse_policy(text)
-    assert policy.share == TenantShare(max_requests=8, max_blocks_share=0.5)
+    assert policy.share == TenantShare(max_requests=8, max_blocks_share=0.5, max_store_share=0.3)
     assert policy.shares() == {
-        "gold": TenantShare(weight=3.0, max_requests=8, max_blocks_share=0.5),
-        "free": TenantShare(max_requests=8, max_blocks_share=0.5),
+        "gold": TenantShare(weight=3.0, max_requests=8, max_blocks_share=0.5, max_store_share=1.0),
+        "free": TenantShare(max_requests=8, max_blocks_share=0.5, max_store_share=0.3),
     }
+    stored = policy.store_shares()
+    assert [stored.of(name) for name in ("gold", "free", "another", "")] == [1.0, 0.3, 0.3, 0.3]
+    assert SLOPolicy().store_shares().of("anybody") == 1.0
 
 
 @pytest.mark.parametrize(
     "share",
-    ["{weight: 0}", "{weight: .inf}", "{max_requests: 0}", "{max_kv_share: 1.5}", "{max_kv_share: 0}", "{size: 1}"],
+    [
+        "{weight: 0}",
+        "{weight: .inf}",
+        "{max_requests: 0}",
+        "{max_kv_share: 1.5}",
+        "{max_kv_share: 0}",
+        "{max_store_share: 0}",
+        "{max_store_share: 2}",
+        "{size: 1}",
+    ],
 )
 def test_a_share_that_makes_no_sense_is_named_with_its_line(share: str) -> None:
     (problem,) = problems_of(f"tenants:\n  gold:\n    share: {share}\n")

@@ -69,9 +69,9 @@ def test_who_is_behind() -> None:
         worker("told", **{POLICY_NUMBER: 2}),
         worker("restarted", **{POLICY_NUMBER: 0}),
         worker("slow", **{POLICY_NUMBER: 1}),
-        worker("source", role="prefill"),
+        worker("source", role="prefill", **{POLICY_NUMBER: 1}),
     ]
-    assert workers_behind(table, 2) == ["restarted", "slow"]
+    assert workers_behind(table, 2) == ["restarted", "slow", "source"]
     assert workers_behind([], 2) == []
 
 

@@ -13,7 +13,8 @@ from store_cases import NAMESPACE, Clock, content, fill, key_of, reopened, run_p
 
 from prefill import disk_records
 from prefill.disk_store import StoreError, StoreInUse
-from prefill.store import MASTER_LEVEL, TenantBytes
+from prefill.disk_tier import PAYLOAD_SHARE
+from prefill.store import MASTER_LEVEL, StoreShares
 
 # -- two tiers --------------------------------------------------------------------------------------------------------
 
@@ -98,14 +99,24 @@ def test_a_chunk_dropped_by_the_disk_lives_on_in_ram_and_the_other_way_round(tmp
 
 
 def test_caps_of_a_tenant_on_disk(tmp_path: Path) -> None:
-    caps = {"small": TenantBytes(ram_bytes=0, disk_bytes=100_000)}
-    store = two_tiers(tmp_path, tenant_caps=caps)
+    store = two_tiers(
+        tmp_path, ram_bytes=1 << 20, disk_bytes=1 << 20, tenant_shares=StoreShares(tenants={"small": 0.1})
+    )
     for number in range(20):
         store.put(key_of(number), MASTER_LEVEL, content(number, max_bytes=40_000), tenant="small")
     small = store.stats().tenants["small"]
-    assert small.ram_bytes == 0 and 40_000 < (small.disk_bytes or 0) <= 100_000
-    store = reopened(store, tmp_path, tenant_caps={"small": TenantBytes(disk_bytes=50_000)})
-    assert 0 < (store.stats().tenants["small"].disk_bytes or 0) <= 50_000, "a cap that shrank counts at once"
+    most_ram, most_disk = (1 << 20) / 10, (1 << 20) * PAYLOAD_SHARE / 10
+    assert 40_000 < small.ram_bytes <= most_ram and 40_000 < small.disk_bytes <= most_disk
+    store.set_shares(StoreShares(tenants={"small": 0.06}))
+    small = store.stats().tenants["small"]
+    assert 0 < small.ram_bytes <= 0.6 * most_ram and 0 < small.disk_bytes <= 0.6 * most_disk
+    kept = {key for key, _ in store.changes(-1).added}
+    assert store.flush(10)
+    store = reopened(store, tmp_path, disk_bytes=1 << 20, tenant_shares=StoreShares(tenants={"small": 0.06}))
+    assert {key for key, _ in store.changes(-1).added} <= kept, "what went is gone from the file too"
+    store = reopened(store, tmp_path, disk_bytes=1 << 20, tenant_shares=StoreShares(default=0.04))
+    left = store.stats().tenants["small"].disk_bytes
+    assert 0 < left <= 0.4 * most_disk, "a cap that shrank between two starts counts at once"
     store.check_integrity()
     store.close()
 

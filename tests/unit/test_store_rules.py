@@ -6,7 +6,7 @@ import pytest
 from store_cases import Clock
 
 from prefill.leaf_lru import LeafLru
-from prefill.store import MASTER_LEVEL, ChunkStore, TenantBytes
+from prefill.store import MASTER_LEVEL, ChunkStore, StoreShares, TenantBytes
 from prefill.store_changes import ChangeLog
 
 A, B, C, D, E = (bytes([number]) * 16 for number in range(5))
@@ -112,7 +112,7 @@ def test_the_heap_of_leaves_stays_small_and_right() -> None:
 
 
 def test_a_tenant_at_its_cap_pays_with_its_own() -> None:
-    store = ChunkStore(100, tenant_caps={"small": TenantBytes(ram_bytes=30)})
+    store = ChunkStore(100, tenant_shares=StoreShares(tenants={"small": 0.3}))
     put(store, A, tenant="other")
     for key in (B, C, D):
         put(store, key, tenant="small")
@@ -127,7 +127,7 @@ def test_a_tenant_at_its_cap_pays_with_its_own() -> None:
 
 
 def test_a_tenants_derived_levels_go_before_its_masters_and_count() -> None:
-    store = ChunkStore(100, tenant_caps={"t": TenantBytes(ram_bytes=30)})
+    store = ChunkStore(100, tenant_shares=StoreShares(tenants={"t": 0.3}))
     put(store, A, tenant="t")
     store.put(A, "q1", bytes(15))
     put(store, B, tenant="t")
@@ -144,6 +144,44 @@ def test_the_master_decides_whose_a_chunk_is() -> None:
     put(store, A, 11, tenant="u")
     assert store.stats().tenants == {"u": TenantBytes(ram_bytes=11, disk_bytes=0)}
     store.check_integrity()
+
+
+def test_a_share_of_everybody_holds_for_each_tenant_by_itself() -> None:
+    store = ChunkStore(100, tenant_shares=StoreShares(tenants={"large": 1.0}, default=0.2))
+    for number in range(4):
+        for tenant in ("a", "b", "", "large"):
+            put(store, f"{tenant} {number}".encode(), tenant=tenant)
+    in_ram = {tenant: taken.ram_bytes for tenant, taken in store.stats().tenants.items()}
+    assert in_ram == {"": 20, "a": 20, "b": 20, "large": 40}
+
+
+def test_a_share_that_is_lowered_takes_the_tenants_own_chunks_and_nobody_elses() -> None:
+    store = ChunkStore(100)
+    put(store, A, tenant="other")
+    for key, parent in ((B, None), (C, B), (D, None)):
+        put(store, key, tenant="small", parent=parent)
+    store.put(D, "q1", bytes(5))
+    epoch = store.changes(-1).epoch
+    store.set_shares(StoreShares(tenants={"small": 0.2}))
+    assert held(store, A, B, C, D) == [True, True, False, True], "derived first, then the end of the older chain"
+    assert store.sizes(D) == {MASTER_LEVEL: 10}
+    assert store.changes(epoch).removed == [C] and store.stats().num_evictions == 2
+    store.set_shares(StoreShares(tenants={"small": 0.3}))
+    assert put(store, C, tenant="small", parent=B)
+
+
+def test_what_is_pinned_outlives_a_lowered_share_until_it_is_unpinned() -> None:
+    store = ChunkStore(100)
+    for key in (A, B, C):
+        put(store, key, tenant="t")
+    store.pin([A, B])
+    store.set_shares(StoreShares(default=0.1))
+    assert held(store, A, B, C) == [True, True, False]
+    assert not put(store, C, tenant="t")
+    store.unpin([B])
+    assert held(store, A, B) == [True, False]
+    store.unpin([A])
+    assert held(store, A) == [True]
 
 
 # -- pins -------------------------------------------------------------------------------------------------------------
