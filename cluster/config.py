@@ -147,6 +147,13 @@ class ServeFile(BaseModel):
         description="Decode workers keep what they served: its pages, which requests with the same prefix share, and "
         "chunks in a store of their own. false: they keep nothing, and every prompt is loaded or computed anew.",
     )
+    page_ttl_s: float | None = Field(
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Pages that decode workers keep after a request are forgotten when nobody used them for so many "
+        "seconds. Default: only when others need them.",
+    )
     store_bytes: Bytes = Field(default=512 * 2**20, description="Encoded chunks that a worker keeps in RAM, in bytes.")
     store_path: str | None = Field(
         default=None,
@@ -157,7 +164,10 @@ class ServeFile(BaseModel):
         default=8 * 2**30, description="The most that a worker keeps on disk, in bytes. Only with store_path."
     )
     store_ttl_s: float | None = Field(
-        default=None, gt=0, description="Chunks that nobody used for so many seconds are dropped. Default: never."
+        default=None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Chunks that nobody used for so many seconds are dropped. Default: never.",
     )
     host: str = Field(
         default="127.0.0.1", description="Where the gateway listens; 0.0.0.0 to be reached from elsewhere."
@@ -281,6 +291,9 @@ def _contradictions(document: YamlDocument, config: ServeFile) -> list[str]:
     problems: list[str] = []
     if config.kv_blocks is not None and config.kv_memory is not None:
         problems.append(f"{document.at(('kv_memory',))}: `kv_memory` and `kv_blocks` set the same thing; keep one")
+    if config.page_ttl_s is not None and not config.prefix_caching:
+        reason = "`page_ttl_s` is for pages that are kept, and `prefix_caching: false` keeps none; leave one out"
+        problems.append(f"{document.at(('page_ttl_s',))}: {reason}")
     for role, count in (("prefill", config.num_prefill), ("decode", config.num_decode)):
         listed = len(getattr(config.link, role))
         if listed > count:

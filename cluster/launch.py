@@ -175,6 +175,7 @@ def _start(config: ServeConfig) -> RunningCluster:
         "dtype": config.dtype,
         "num_blocks": config.kv_blocks,
         "kv_memory_bytes": config.kv_memory,
+        "page_ttl_s": config.page_ttl_s,
         "threads": threads,
         "device": config.device if gpus else "cpu",
     }

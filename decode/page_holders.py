@@ -67,6 +67,7 @@ class PageHolders:
         if self._is_admitting:
             return  # called from within by a request that ended at once; the loop below goes on
         self._is_admitting, self._now = True, now
+        self._pages.expire(now)
         try:
             while True:
                 waiting = self._scheduler.next_to_admit(now, self._take_pages, is_deferred=self._can_join)
@@ -97,7 +98,7 @@ class PageHolders:
         state = self._requests[waiting.key]
         num_to_fill = _num_to_fill(state, waiting)
         try:
-            state.pages = self._pages.begin(state.chain, num_to_fill, waiting.num_tokens, state.max_kl)
+            state.pages = self._pages.begin(state.chain, num_to_fill, waiting.num_tokens, state.max_kl, self._now)
         except PoolExhausted:
             return False
         if len(self._scheduler) and not self._pages.can_grow_by(SPARE_BLOCKS * (len(self._scheduler) + 1)):

@@ -61,7 +61,9 @@ class TaggedPages:
         num_found = len(self._match(keys, max_kl))
         return keys[num_found] if num_found < len(keys) else None
 
-    def begin(self, chain: KeyChain, num_prompt: int, num_tokens: int, max_kl: float | None) -> PageTable:
+    def begin(
+        self, chain: KeyChain, num_prompt: int, num_tokens: int, max_kl: float | None, now: float = 0.0
+    ) -> PageTable:
         """Pages for `num_tokens` tokens, the first of them with the KV that is here already of the prompt's; its last
         token is always computed, for its logits. Raises PoolExhausted."""
         found: list[int] = []
@@ -74,7 +76,7 @@ class TaggedPages:
         try:
             self.grow(table, num_tokens)
         except BaseException:
-            self._release(found)
+            self._release(found, now)
             raise
         table.num_known = len(found)
         table.cached_tokens = len(found) * BLOCK_TOKENS

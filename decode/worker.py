@@ -158,8 +158,10 @@ class DecodeWorker:
         return not self._stopping and self._engine.is_alive and self._puller.is_alive and is_source_alive
 
     def stats(self) -> dict[str, float]:
-        """Counters and gauges, by their metric name without prefix."""
+        """Counters and gauges, by their metric name without prefix. Asked for once a second, by which time pages that
+        nobody has used for too long are forgotten, also while no request comes."""
         with self._lock:
+            self._pages.expire(time.monotonic())
             return {
                 **{f"decode_{name}": value for name, value in self._counters.items()},
                 **{f"decode_{name}": value for name, value in self._puller.counters.items()},

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter, OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 
 class PoolExhausted(Exception):
@@ -45,7 +46,7 @@ class BlockPool:
         assert num_blocks > 0, num_blocks
         self.num_blocks = num_blocks
         self.num_evictions = 0
-        self._ttl_s = ttl_s
+        self.ttl_s = ttl_s
         # The block freed longest ago is given out first.
         self._free = deque(range(num_blocks))
         self._holders = [0] * num_blocks
@@ -185,10 +186,9 @@ class BlockPool:
     def expire(self, now: float) -> list[int]:
         """Forget what has been cached for too long; the blocks that it was in."""
         freed: list[int] = []
-        if self._ttl_s is not None:
-            for block, at in list(self._cached.items()):
-                if now - at < self._ttl_s:
-                    break
+        ttl_s = self.ttl_s
+        if ttl_s is not None:
+            for block, _ in list(takewhile(lambda used: now - used[1] >= ttl_s, self._cached.items())):
                 if self._is_leaf(block):  # by now, unless it is pinned: its children stood before it
                     self._forget(block)
                     freed.append(block)

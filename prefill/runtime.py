@@ -67,9 +67,8 @@ class ModelRuntime:
     def with_pool(self, num_blocks: int) -> ModelRuntime:
         """The same model with other pages, and an engine whose passes take turns with this one's."""
         pool = KVPool(self.model.layout, num_blocks, BLOCK_TOKENS, self.model.device)
-        return replace(
-            self, pool=pool, allocator=BlockPool(num_blocks), engine=self.engine.beside(pool), spare_blocks=0
-        )
+        blocks = BlockPool(num_blocks, ttl_s=self.allocator.ttl_s)
+        return replace(self, pool=pool, allocator=blocks, engine=self.engine.beside(pool), spare_blocks=0)
 
     def open_store(
         self,
@@ -158,6 +157,7 @@ def load_runtime(
     dtype: str = "bfloat16",
     num_blocks: int | None = None,
     kv_memory_bytes: int | None = None,
+    page_ttl_s: float | None = None,
     threads: int = 1,
     device: str = "auto",
     spares_blocks: bool = False,
@@ -168,6 +168,7 @@ def load_runtime(
     `device`: auto (the GPU if there is one), cpu or cuda.
 
     The pool holds `num_blocks` blocks, or as many as `kv_memory_bytes` hold; by default eight full contexts.
+    page_ttl_s: pages that nobody has used for so long are forgotten.
     spares_blocks: it holds what one full context needs of these, but not more than half; the rest is spared.
     """
     torch.set_num_threads(threads)
@@ -190,7 +191,7 @@ def load_runtime(
         model=model,
         profile=profile,
         pool=pool,
-        allocator=BlockPool(num_blocks),
+        allocator=BlockPool(num_blocks, ttl_s=page_ttl_s),
         engine=Engine(model, pool),
         codec=codec_for(place, profile, rope, model.layout.torch_dtype),
         spare_blocks=spare_blocks,

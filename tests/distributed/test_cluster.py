@@ -26,7 +26,13 @@ from scripts.demo_client import ask
 @pytest.fixture(scope="module")
 def cluster():
     config = ServeConfig(
-        port=0, num_prefill=2, num_decode=2, prefill_decodes=False, threads=1, policy=SLOPolicy(ttft_s=20.0)
+        port=0,
+        num_prefill=2,
+        num_decode=2,
+        prefill_decodes=False,
+        threads=1,
+        page_ttl_s=3600.0,
+        policy=SLOPolicy(ttft_s=20.0),
     )
     with running_cluster(config) as running:
         yield running

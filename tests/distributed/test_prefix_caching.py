@@ -7,10 +7,12 @@ import random
 from collections.abc import Iterator
 
 import pytest
-from pair import LATEST_S, Gate, Pair, on_thread, running_pair, until
+from pair import LATEST_S, Gate, Pair, around, make_runtime, on_thread, running_pair, until
 
 from decode.slo import SLOPolicy
+from prefill.block_pool import BlockPool
 from prefill.engine import Engine
+from prefill.runtime import ModelRuntime
 from prefill.store import ChunkStore
 
 CHUNK = 32
@@ -117,6 +119,23 @@ def test_who_says_how_a_chunk_is_to_be_had_gets_it_so(pair: Pair) -> None:
         assert receipt["levels"] == {mode: 3} and receipt["cached_tokens"] == 0
     _, receipt = pair.ask(tokens)
     assert receipt["cached_tokens"] == 96 and receipt["quality"]["at_end"] == 0.0, "and leaves nothing lossy behind"
+
+
+def test_pages_are_forgotten_after_their_time_to_live() -> None:
+    """One so short that it has passed when the next request comes; longer ones are in tests/unit."""
+
+    def forgetful() -> ModelRuntime:
+        runtime = make_runtime(num_blocks=64)
+        runtime.allocator = BlockPool(64, ttl_s=1e-6)
+        return runtime
+
+    with around(forgetful, policy=EXACT_ONLY, chunk_tokens=CHUNK, prefix_caching=True) as pair:
+        tokens = prompt(200, seed=8)
+        for _ in range(2):
+            found, receipt = pair.ask(tokens)
+            assert receipt["cached_tokens"] == 0 and found == pair.reference(tokens, 8)
+        until(lambda: pair.decode.stats()["kv_blocks_cached"] == 0)
+        pair.check()
 
 
 def test_a_pool_that_is_too_small_for_all_prefixes_forgets_the_oldest(pair: Pair) -> None:

@@ -18,13 +18,13 @@ CHUNK = 32
 KL = {"lossless": 0.0, "q1": 0.01, "q2": 0.03, "q3": 0.1}
 
 
-def tagged_pages(num_blocks: int = 64) -> TaggedPages:
+def tagged_pages(num_blocks: int = 64, ttl_s: float | None = None) -> TaggedPages:
     profile = SimpleNamespace(
         level_names=(*KL, "q9"), promise={**{name: Promise(kl=kl) for name, kl in KL.items()}, "q9": Promise()}
     )
     runtime: Any = SimpleNamespace(
         pool=SimpleNamespace(write=lambda *_: None),
-        allocator=BlockPool(num_blocks),
+        allocator=BlockPool(num_blocks, ttl_s=ttl_s),
         profile=profile,
         model=SimpleNamespace(fingerprint="f"),
     )
@@ -237,6 +237,24 @@ def test_no_room_leaves_everything_as_it_was() -> None:
     pages.release(table)
     big = begin(pages, PROMPT + PROMPT[:28])
     assert big.cached_tokens == 96, "its own prefix is not given away to make room for it"
+
+
+def test_pages_unused_for_their_time_to_live_are_forgotten() -> None:
+    pages = tagged_pages(num_blocks=8, ttl_s=10.0)
+    table = begin(pages, PROMPT)
+    compute(pages, table, 100)
+    pages.expire(1_000.0)
+    assert begin(pages, PROMPT[:90]).cached_tokens == 80, "what is held does not age"
+    pages = tagged_pages(num_blocks=8, ttl_s=10.0)
+    table = begin(pages, PROMPT)
+    compute(pages, table, 100)
+    pages.release(table, 100.0)
+    with pytest.raises(PoolExhausted):
+        pages.begin(pages.chain(PROMPT + PROMPT, ""), 200, 200, 0.0, 105.0)
+    pages.expire(114.9)
+    assert pages.num_cached == 6, "who looked for them used them"
+    pages.expire(115.0)
+    assert pages.num_cached == 0 and begin(pages, PROMPT).cached_tokens == 0
 
 
 def test_pages_that_are_given_away_lose_their_tags() -> None:
