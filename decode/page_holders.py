@@ -10,7 +10,7 @@ from typing import Protocol
 
 from decode.active_request import ActiveRequest
 from decode.admission_times import AdmissionTimes
-from decode.scheduler import Phase, Scheduler, Sequence, Waiting
+from decode.scheduler import Lack, Phase, Scheduler, Sequence, Waiting
 from decode.tagged_pages import PageTable, TaggedPages
 from prefill.block_pool import PoolExhausted
 
@@ -70,7 +70,13 @@ class PageHolders:
         self._pages.expire(now)
         try:
             while True:
-                waiting = self._scheduler.next_to_admit(now, self._take_pages, is_deferred=self._can_join)
+                waiting = self._scheduler.next_to_admit(
+                    now,
+                    self._take_pages,
+                    is_deferred=self._can_join,
+                    lacks=self._lacks,
+                    spill=lambda sequence: self.spill(sequence, now),
+                )
                 if waiting is None:
                     return
                 self._begin(waiting, now)
@@ -107,6 +113,23 @@ class PageHolders:
             return False
         state.fill_tokens = num_to_fill
         return True
+
+    def _lacks(self, waiting: Waiting) -> Lack | None:
+        """Of pages, if those are what it waits for."""
+        if len(self._scheduler) >= MAX_SEQUENCES:
+            return None
+        state = self._requests[waiting.key]
+        num_lacking, found = self._pages.lacking(
+            state.chain, _num_to_fill(state, waiting), waiting.num_tokens, state.max_kl
+        )
+        return Lack(
+            blocks=lambda num_left: num_lacking + (SPARE_BLOCKS * (num_left + 1) if num_left else 0), shared=found
+        )
+
+    def before_step(self, now: float) -> None:
+        """When no forward pass uses anybody's pages, the more urgent of those who wait get theirs."""
+        if self._scheduler.may_preempt_for_waiting():
+            self.admit(now)
 
     def _begin(self, waiting: Waiting, now: float) -> None:
         key, state = waiting.key, self._requests[waiting.key]

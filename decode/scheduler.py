@@ -13,10 +13,20 @@ from collections.abc import Callable, Container, Mapping
 from decode.fair_share import FairShare, TenantShare
 from decode.scheduling_policy import SchedulingPolicy
 from decode.sequence import Phase, Row, Sequence
-from decode.victims import Victims
-from decode.waiting_queue import QueueRefused, Waiting, WaitingQueue
+from decode.victims import Lack, Victims
+from decode.waiting_queue import QueueRefused, Room, Waiting, WaitingQueue
 
-__all__ = ["Phase", "QueueRefused", "Row", "Scheduler", "SchedulingPolicy", "Sequence", "TenantShare", "Waiting"]
+__all__ = [
+    "Lack",
+    "Phase",
+    "QueueRefused",
+    "Row",
+    "Scheduler",
+    "SchedulingPolicy",
+    "Sequence",
+    "TenantShare",
+    "Waiting",
+]
 
 
 class Scheduler:
@@ -118,6 +128,8 @@ class Scheduler:
         has_room: Callable[[Waiting], bool],
         *,
         is_deferred: Callable[[Waiting], bool] = lambda waiting: False,
+        lacks: Callable[[Waiting], Lack | None] = lambda waiting: None,
+        spill: Callable[[Sequence], None] = lambda sequence: None,
     ) -> Waiting | None:
         """Who is admitted now; it leaves the queue. The caller gives it pages and `add`s its sequence, then asks again.
 
@@ -125,11 +137,32 @@ class Scheduler:
         the one for which it returns True is the one that is returned.
         is_deferred: whether a request waits of its own accord, say for a prefix that another one is just computing.
         Others pass it freely, so that must come to an end.
+        lacks: what a request without room lacks; None: what preempting others does not give. They are preempted for it
+        if it is first, was given a more urgent priority than they have, and they have enough; never those that were
+        preempted `max_preemptions` times. spill: as in `rows_with_pages`.
         """
         self._settle()
+
+        def make_room(waiting: Waiting) -> Room:
+            lack = lacks(waiting) if self.may_preempt_for_waiting() else None
+            return "none" if lack is None else self._make_room(waiting, lack, now, has_room=has_room, spill=spill)
+
         return self._queue.take_next(
-            now, self._top(), has_room=has_room, is_deferred=is_deferred, is_within_quota=self._is_within_quota
+            now,
+            self._top(),
+            has_room=has_room,
+            is_deferred=is_deferred,
+            is_within_quota=self._is_within_quota,
+            make_room=make_room,
         )
+
+    def may_preempt_for_waiting(self) -> bool:
+        """Whether anybody who waits could make somebody give way who is admitted. To be asked before each step, when
+        nobody's pages are in use, and if so, `next_to_admit`."""
+        best, top = self._queue.best_priority(), self._top()
+        if best is None:
+            return False
+        return any(self._victims.may_give_way_to(best, sequence, top) for sequence in self._sequences.values())
 
     def add(self, sequence: Sequence, waiting: Waiting | None = None) -> None:
         """It is admitted, as `waiting` if it came through the queue. A preempted one is FILLING again: up to its
@@ -137,7 +170,7 @@ class Scheduler:
         assert sequence.key not in self._sequences and self._queue.get(sequence.key) is None
         if waiting is not None:
             assert (waiting.key, waiting.tenant) == (sequence.key, sequence.tenant)
-            sequence.priority, sequence.waited_s = waiting.priority, waiting.credit_s
+            sequence.priority, sequence.waited_s = waiting.priority, waiting.credit_s + waiting.gain_s
         self._sequences[sequence.key] = sequence
         if sequence.phase is Phase.PREEMPTED:
             sequence.phase = Phase.FILLING
@@ -226,15 +259,17 @@ class Scheduler:
         Never one that is more urgent than `needs`, never one that is pinned, and no protected one unless `needs` is of
         a more urgent level. None: wait, pages will come free without a victim; leave the row out of this step.
         """
-        if any(waiting.sequence and waiting.sequence.block_table for waiting in self._queue.all()):
-            return None  # a victim's pages are on their way
+        if self._is_any_releasing():
+            return None
         return self._victims.choose(needs, num_blocks, top=self._top(), protect=protect)
 
-    def preempt(self, key: str, now: float) -> Sequence:
+    def preempt(self, key: str, now: float, *, for_waiting: bool = False) -> Sequence:
         """It gives up its pages: the caller keeps what it can of them (in the store), gives them back and then empties
         `block_table`; only then is it admitted again. Until then no further victim is chosen.
 
-        It waits before all of its level that have not begun, and one level higher than before.
+        It waits before all of its level that have not begun, and one level higher than before. for_waiting: a request
+        that waits is to have the pages; then it gains that level only when it is back, so that it does not stand before
+        that one.
         """
         sequence = self._sequences.pop(key)
         assert sequence.pins == 0 and sequence.phase in (Phase.FILLING, Phase.TAIL, Phase.RUNNING)
@@ -242,7 +277,8 @@ class Scheduler:
         sequence.phase, sequence.work, sequence.work_chunk = Phase.PREEMPTED, None, None
         sequence.is_held = False
         sequence.num_preempted += 1
-        sequence.waited_s += self._policy.age_s
+        if not for_waiting:
+            sequence.waited_s += self._policy.age_s
         self.num_preemptions += 1
         total = sequence.max_total_tokens
         wanted = sequence.num_tokens + self._policy.headroom_tokens(sequence.num_preempted)
@@ -257,6 +293,7 @@ class Scheduler:
                 max_total_tokens=total,
                 since=now,
                 credit_s=sequence.waited_s,
+                gain_s=self._policy.age_s if for_waiting else 0.0,
                 is_reserved=True,
                 sequence=sequence,
             ),
@@ -298,6 +335,30 @@ class Scheduler:
             assert sequence.pins >= 0 and 0 <= sequence.num_charged <= len(sequence.output)
 
     # -- inside ---------------------------------------------------------------------------------------------------
+
+    def _make_room(
+        self,
+        waiting: Waiting,
+        lack: Lack,
+        now: float,
+        *,
+        has_room: Callable[[Waiting], bool],
+        spill: Callable[[Sequence], None],
+    ) -> Room:
+        victims = self._victims.for_waiting(waiting.priority, lack, top=self._top())
+        if victims is None:
+            return "none"
+        if self._is_any_releasing() or any(victim.pins for victim in victims):
+            return "coming"
+        for victim in victims:
+            spill(self.preempt(victim.key, now, for_waiting=True))
+            if has_room(waiting):
+                return "made"
+        return "coming"  # their pages are on their way
+
+    def _is_any_releasing(self) -> bool:
+        """Whether a victim's pages are on their way."""
+        return any(waiting.sequence and waiting.sequence.block_table for waiting in self._queue.all())
 
     def _running(self) -> list[Sequence]:
         """Those that continue their answers in the next step: who had a row longest ago goes first."""

@@ -15,7 +15,7 @@ class SchedulingPolicy:
     age_s: a request gains one level of priority for each so many seconds that it waits.
     max_overtaken: a request without room is overtaken by so many others, then by none.
     output_weight: what an output token counts in a tenant's service, where a prompt token counts 1.
-    max_preemptions: from so many on, a preempted request is protected when it is back ...
+    max_preemptions: from so many on, nobody who waits makes a request give way, and it is protected when it is back ...
     progress_tokens: ... until it has drawn so many more tokens, and twice as many each further time.
     max_rows: answers that one step continues, None for all. More take turns.
     min_slice_tokens: no piece of a prompt is cut shorter than this, but for the first of a step.

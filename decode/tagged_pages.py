@@ -82,6 +82,18 @@ class TaggedPages:
         table.cached_tokens = len(found) * BLOCK_TOKENS
         return table
 
+    def lacking(
+        self, chain: KeyChain, num_prompt: int, num_tokens: int, max_kl: float | None
+    ) -> tuple[int, frozenset[int]]:
+        """How many more pages would have to come free for `begin`, below 0 if there are more than enough, and which of
+        those that are in use it would share."""
+        found: list[int] = []
+        if max_kl is not None and self._shares_prefixes:
+            found = self._match(chain.blocks(BLOCK_TOKENS)[: (num_prompt - 1) // BLOCK_TOKENS], max_kl)
+        num_cached = sum(not self._blocks.num_holders(block) for block in found)
+        num_new = blocks_for(num_tokens, BLOCK_TOKENS) - len(found)
+        return num_new - (self._blocks.num_available - num_cached), frozenset(found)
+
     def to_fill(self, table: PageTable, num_prompt: int) -> list[bytes]:
         """The keys of the prompt's blocks whose KV was not there."""
         return table.chain.blocks(BLOCK_TOKENS, first=table.cached_tokens // BLOCK_TOKENS)[

@@ -1,13 +1,24 @@
-"""Which admitted sequence gives up its pages when another one needs some. Pure: looks, and changes nothing."""
+"""Which admitted sequences give up their pages when another request needs some. Pure: looks, and changes nothing."""
 
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Container, Mapping
+from dataclasses import dataclass
 
 from decode.fair_share import FairShare
 from decode.scheduling_policy import SchedulingPolicy
 from decode.sequence import Sequence
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Lack:
+    """What keeps a request waiting that has no room. blocks(n): that it lacks while n others stay admitted. shared:
+    blocks of others that it will go on with itself: who gives these up frees nothing for it."""
+
+    blocks: Callable[[int], int]
+    shared: frozenset[int] = frozenset()
 
 
 class Victims:
@@ -56,6 +67,33 @@ class Victims:
         # If nobody else has pages, the rest is with requests that ended and are still pinned.
         may_go = needs in holders and len(holders) > 1 and needs.pins == 0 and needs.key not in protect
         return needs if may_go else None
+
+    # -- for a request that waits ---------------------------------------------------------------------------------
+
+    def may_give_way_to(self, priority: int, sequence: Sequence, top: int) -> bool:
+        """To one that waits with that priority. What the waiting one has gained by waiting does not count: among equals
+        who came later would take turns with who came first, and each turn costs."""
+        has_given_way_enough = sequence.num_preempted >= self._policy.max_preemptions
+        return bool(sequence.block_table) and self.level(sequence, top) > priority and not has_given_way_enough
+
+    def for_waiting(self, priority: int, lack: Lack, *, top: int) -> list[Sequence] | None:
+        """Who gives way, all of them, in the order of `likelihood`. None: even all who may would not be enough. Pinned
+        ones are only among them where it does not go without."""
+        may_go = [s for s in self._sequences.values() if self.may_give_way_to(priority, s, top)]
+        may_go.sort(key=self.likelihood(top), reverse=True)
+        loose = [sequence for sequence in may_go if sequence.pins == 0]
+        found = self._enough(loose, lack)
+        return self._enough(may_go, lack) if found is None else found
+
+    def _enough(self, may_go: list[Sequence], lack: Lack) -> list[Sequence] | None:
+        holders = Counter(block for sequence in self._sequences.values() for block in sequence.block_table)
+        num_freed = 0
+        for number, sequence in enumerate(may_go, 1):
+            holders.subtract(sequence.block_table)
+            num_freed += sum(not holders[block] and block not in lack.shared for block in sequence.block_table)
+            if num_freed >= lack.blocks(len(self._sequences) - number):
+                return may_go[:number]
+        return None
 
     # -- blocks ---------------------------------------------------------------------------------------------------
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from decode.fair_share import FairShare
 from decode.requests import RequestRefused
@@ -16,6 +17,9 @@ LOOKAHEAD = 16
 MAX_TENANTS = 4096  # whose service is remembered though they have no requests
 
 
+Room = Literal["made", "coming", "none"]  # by preempting others: it is there, will be, will not
+
+
 class QueueRefused(RequestRefused):
     """The queue does not take a request. `code`: "overloaded", "tenant_overloaded" (429: it may come again later),
     "tenant_share_too_small", "priority_out_of_range" (400)."""
@@ -26,8 +30,9 @@ class Waiting:
     """A request that waits. The caller gives it pages for `num_tokens` tokens when it is admitted.
 
     max_total_tokens: prompt and the longest answer. since: when it came or came back. credit_s: what it had waited
-    before that. overtaken: by how many that had room when it had none. is_reserved: nobody overtakes it any more.
-    sequence: of a preempted one, with its output; None if it has not begun.
+    before that. gain_s: what its admission counts as beyond that. overtaken: by how many that had room when it had
+    none. is_reserved: nobody overtakes it any more. sequence: of a preempted one, with its output; None if it has not
+    begun.
     """
 
     key: str
@@ -39,6 +44,7 @@ class Waiting:
     max_total_tokens: int
     since: float
     credit_s: float = 0.0
+    gain_s: float = 0.0
     overtaken: int = 0
     is_reserved: bool = False
     sequence: Sequence | None = None
@@ -137,11 +143,13 @@ class WaitingQueue:
         has_room: Callable[[Waiting], bool],
         is_deferred: Callable[[Waiting], bool],
         is_within_quota: Callable[[Waiting], bool],
+        make_room: Callable[[Waiting], Room] = lambda _: "none",
     ) -> Waiting | None:
         """The first in order that may be admitted, which leaves the queue.
 
-        Who is first but has no room lets others pass, `max_overtaken` times. Who is kept back by its tenant's own quota
-        keeps back the rest of that tenant, and no one else; who is deferred keeps back nobody.
+        Who is first but has no room may have some made; else it lets others pass, `max_overtaken` times. Who is kept
+        back by its tenant's own quota keeps back the rest of that tenant, and no one else; who is deferred keeps back
+        nobody.
         """
         without_room: list[Waiting] = []
         at_quota: set[str] = set()
@@ -154,6 +162,11 @@ class WaitingQueue:
                 return None  # its pages are on their way to the store: what they leave free is its own
             elif has_room(waiting):
                 self._overtake(without_room, at_quota, waiting, now)
+                return waiting
+            elif not without_room and (room := make_room(waiting)) != "none":
+                if room == "coming":
+                    return None  # nobody takes it before
+                self._overtake([], at_quota, waiting, now)
                 return waiting
             elif waiting.is_reserved or self._policy.max_overtaken == 0 or len(without_room) == LOOKAHEAD:
                 return None

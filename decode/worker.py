@@ -442,6 +442,9 @@ class DecodeWorker:
     def kv_written(self, key: str, start: int, stop: int) -> None:
         self._kept.written(self._requests[key], start, stop)
 
+    def before_step(self, now: float) -> None:
+        self._holders.before_step(now)
+
     def grow(self, sequence: Sequence, num_blocks: int) -> bool:
         return self._holders.grow(sequence, num_blocks)
 

@@ -120,3 +120,19 @@ def test_a_floor_above_the_policys_levels_does_not_turn_away_who_was_accepted() 
         assert asking.receipt()["preemptions"] == 1
         assert asking.tokens == pair.reference(tokens, 200)
         pair.check()
+
+
+def test_a_more_urgent_arrival_does_not_wait_for_the_pages_of_batch_jobs(pair: Pair) -> None:
+    """Three jobs that fill the pages for long, one short request that needs a third of them."""
+    jobs = [prompt(190 + 4 * i, seed=30 + i) for i in range(3)]
+    urgent = prompt(300, seed=40)
+    expected = [pair.reference(tokens, 400) for tokens in jobs]
+    begun = [pair.begin(tokens, max_tokens=400, with_source=False, priority=5) for tokens in jobs]
+    until(lambda: sum(len(job.tokens) for job in begun) > 250)  # 850 of 1,024 tokens, and the jobs are not half done
+    answer = pair.begin(urgent, max_tokens=4, with_source=False, priority=-5)
+    assert answer.receipt()["preemptions"] == 0
+    assert all(job.end is None for job in begun), "none of them had to end for it"
+    assert answer.tokens == pair.reference(urgent, 4)
+    receipts = [job.receipt() for job in begun]
+    assert sum(receipt["preemptions"] for receipt in receipts) > 0
+    assert [job.tokens for job in begun] == expected

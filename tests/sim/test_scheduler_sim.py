@@ -287,6 +287,88 @@ def test_urgent_requests_that_keep_coming_do_not_keep_a_batch_job_from_ending() 
     assert 1 <= job.num_preempted <= most_preemptions(world.policy, levels=3, max_tokens=300)
 
 
+# -- giving way to one that waits ---------------------------------------------------------------------------------
+
+
+def full_of_batch_jobs(gives_way: bool) -> World:
+    world = World(SchedulingPolicy(age_s=60.0), num_blocks=64, reserve=0, gives_way=gives_way)
+    for i in range(8):
+        world.submit(f"job {i}", prompt=100, max_tokens=400, priority=5)
+    while len(world.free) > 8:
+        world.step()
+    return world
+
+
+def test_an_urgent_request_has_its_first_token_after_the_steps_that_its_prompt_takes() -> None:
+    took = {}
+    for gives_way in (True, False):
+        world = full_of_batch_jobs(gives_way)
+        first = world.num_steps
+        world.submit("urgent", prompt=200, max_tokens=4)
+        while not world.lives["urgent"].drawn_at:
+            world.step()
+        took[gives_way] = world.lives["urgent"].drawn_in_step[0] - first
+        world.run()
+        world.check_end()
+    assert took[True] == math.ceil(200 / 64), "chunks, as if it were alone"
+    assert took[False] > 10 * took[True], "until one of the jobs ended"
+
+
+def test_urgent_requests_that_fit_take_nothing() -> None:
+    world = full_of_batch_jobs(True)
+    before = world.scheduler.num_preemptions
+    world.submit("urgent", prompt=16, max_tokens=1)
+    world.step()
+    assert world.order[-1] == "urgent" and world.scheduler.num_preemptions == before
+
+
+@pytest.mark.parametrize("max_preemptions", [0, 1, 2, 5])
+@pytest.mark.parametrize("seed", range(4))
+def test_a_flood_of_urgent_requests_makes_nobody_give_way_more_often_than_stated(
+    seed: int, max_preemptions: int
+) -> None:
+    """And all the jobs end while the flood goes on: they age, and from some time on nobody may take their pages."""
+    rng = random.Random(seed)
+    policy = SchedulingPolicy(age_s=AGE_S, progress_tokens=32, max_preemptions=max_preemptions)
+    world = World(policy, num_blocks=48, reserve=rng.choice([0, 1]))
+    jobs = [f"job {i}" for i in range(6)]
+    for key in jobs:
+        world.submit(key, prompt=rng.randint(1, 150), max_tokens=rng.randint(50, 250), priority=rng.randint(1, 6))
+    num, next_at = 0, 0.0
+    while any(world.lives[key].ended_at is None for key in jobs):
+        while next_at <= world.now:
+            prompt, max_tokens = rng.randint(1, 200), rng.randint(1, 40)
+            world.submit(f"urgent {num}", prompt=prompt, max_tokens=max_tokens, priority=rng.randint(-1, 0))
+            num, next_at = num + 1, next_at + rng.uniform(0.0, 0.2)
+        world.step()
+        assert world.now < 300, "a job starves"
+    for life in world.lives.values():
+        assert life.num_gave_way <= max_preemptions
+        max_tokens = life.request.sampling.max_tokens
+        assert life.num_preempted <= most_preemptions(policy, levels=life.priority + 1, max_tokens=max_tokens)
+    gave_way = sum(life.num_gave_way for life in world.lives.values())
+    assert (gave_way > 0) == (max_preemptions > 0)
+    world.run()
+    world.check_end()
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_without_priorities_nobody_gives_way_to_one_that_waits(seed: int) -> None:
+    rng = random.Random(seed)
+    logs = []
+    for gives_way in (True, False):
+        rng = random.Random(seed)
+        world = World(SchedulingPolicy(age_s=0.2, progress_tokens=32), num_blocks=40, reserve=0, gives_way=gives_way)
+        for i in range(40):
+            world.submit(str(i), prompt=rng.randint(1, 200), max_tokens=rng.randint(1, 100), tenant=rng.choice("ab"))
+            for _ in range(rng.randint(0, 3)):
+                world.step()
+        world.run()
+        world.check_end()
+        logs.append(world.log)
+    assert logs[0] == logs[1], "not a step differs"
+
+
 # -- the same again -----------------------------------------------------------------------------------------------
 
 
@@ -425,3 +507,4 @@ def test_random_operations_leave_nothing_behind(seed: int) -> None:
     world.finish()
     ended = [life for life in world.lives.values() if life.tokens is not None]
     assert len(ended) > 100 and world.num_refused > 10 and world.scheduler.num_preemptions > 50
+    assert sum(life.num_gave_way for life in world.lives.values()) > 0

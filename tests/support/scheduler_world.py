@@ -13,7 +13,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from decode.requests import GenerationRequest, SamplingParams
-from decode.scheduler import Phase, QueueRefused, Row, Scheduler, SchedulingPolicy, Sequence, Waiting
+from decode.scheduler import Lack, Phase, QueueRefused, Row, Scheduler, SchedulingPolicy, Sequence, Waiting
 
 BLOCK_TOKENS = 16
 CHUNK_TOKENS = 64
@@ -39,6 +39,7 @@ class Life:
     drawn_at: list[float] = field(default_factory=list)
     drawn_in_step: list[int] = field(default_factory=list)
     num_preempted: int = 0
+    num_gave_way: int = 0  # of them, to one that waited
     num_computed: int = 0
     ended_at: float | None = None
     tokens: list[int] | None = None
@@ -49,7 +50,8 @@ class Life:
 
 
 class World:
-    """max_requests: admitted at once, beside what the pages allow. reserve: blocks that admission leaves free for each
+    """max_requests: admitted at once, beside what the pages allow. gives_way: whether one that waits may make others
+    give way. reserve: blocks that admission leaves free for each
     admitted sequence to grow into."""
 
     def __init__(
@@ -60,10 +62,12 @@ class World:
         budget: int = 256,
         max_requests: int = 1000,
         reserve: int = 1,
+        gives_way: bool = True,
     ) -> None:
         self.policy = policy or SchedulingPolicy()
         self.scheduler = Scheduler(self.policy, num_blocks=num_blocks, block_tokens=BLOCK_TOKENS)
         self.num_blocks, self.budget, self.max_requests, self.reserve = num_blocks, budget, max_requests, reserve
+        self.gives_way = gives_way
         self.free = deque(range(num_blocks))
         self.now = 0.0
         self.num_steps = self.num_idle = 0
@@ -118,8 +122,26 @@ class World:
         reserved = self.reserve * len(self.scheduler)
         return len(self.scheduler) < self.max_requests and blocks_for(waiting.num_tokens) + reserved <= len(self.free)
 
+    def lacks(self, waiting: Waiting) -> Lack | None:
+        if not self.gives_way or len(self.scheduler) >= self.max_requests:
+            return None
+        missing = blocks_for(waiting.num_tokens) - len(self.free)
+        return Lack(blocks=lambda num_left: missing + self.reserve * num_left)
+
+    def give_way(self, sequence: Sequence) -> None:
+        """To one that waits."""
+        self.lives[sequence.key].num_gave_way += 1
+        others = [other.priority for other in self.scheduler.waiting() if other.key != sequence.key]
+        assert min(others) < sequence.priority, "to nobody more urgent"
+        assert sequence.num_preempted <= self.policy.max_preemptions
+        self.log.append(("gave way", sequence.key, self.now))
+        self.spill(sequence)
+
     def admit(self) -> None:
-        while (waiting := self.scheduler.next_to_admit(self.now, self.has_room)) is not None:
+        while True:
+            waiting = self.scheduler.next_to_admit(self.now, self.has_room, lacks=self.lacks, spill=self.give_way)
+            if waiting is None:
+                return
             life = self.lives[waiting.key]
             self.log.append(("admit", waiting.key, self.now))
             if not life.admitted_at:

@@ -50,6 +50,8 @@ class World:
         self.requests[key] = SimpleNamespace(new_pages=deque(), fill=SimpleNamespace(machine=machine))
         return sequence
 
+    def before_step(self, now: float) -> None: ...
+
     def give(self, key: str, *chunks: int, after_tokens: int | None = None) -> None:
         half = torch.zeros(CHUNK_BYTES // 2, dtype=torch.uint8)
         for chunk in chunks:

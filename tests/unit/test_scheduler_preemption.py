@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from decode.requests import GenerationRequest, SamplingParams
-from decode.scheduler import Phase, Row, Scheduler, SchedulingPolicy, Sequence, TenantShare
+from decode.scheduler import Lack, Phase, Row, Scheduler, SchedulingPolicy, Sequence, TenantShare, Waiting
 
 EVER = lambda waiting: True  # noqa: E731
 
@@ -252,6 +252,179 @@ def test_coming_back_is_not_charged_again() -> None:
     made.preempt("a", 0.0)
     back(made)
     assert made.service("") == 10 + 2 * 4
+
+
+# -- for a request that waits -------------------------------------------------------------------------------------
+
+
+class Pool:
+    """A scheduler with so many free blocks around it. `ask` is what a worker does when a request comes and before each
+    step."""
+
+    def __init__(self, *sequences: Sequence, free: int = 0, spare: int = 0, **policy: Any) -> None:
+        self.made, self.free, self.spare = scheduler(*sequences, **policy), free, spare
+        self.gave_way: list[str] = []
+        self.is_slow = False  # pages come free later
+        self.shared: frozenset[int] = frozenset()
+        self.found: Waiting | None = None
+
+    def wait(self, key: str, *, blocks: int, priority: int = 0, arrival: int = 50, now: float = 0.0) -> None:
+        self.made.add_waiting(
+            key, arrival=arrival, now=now, num_prompt=16 * blocks - 1, max_tokens=1, priority=priority
+        )
+
+    def ask(self, now: float = 0.0) -> str | None:
+        def lacks(waiting: Waiting) -> Lack:
+            missing = self.blocks(waiting) - self.free
+            return Lack(blocks=lambda num_left: missing + self.spare * num_left, shared=self.shared)
+
+        self.found = self.made.next_to_admit(now, self.has_room, lacks=lacks, spill=self.spill)
+        self.made.check_integrity()
+        return None if self.found is None else self.found.key
+
+    def blocks(self, waiting: Waiting) -> int:
+        return -(-waiting.num_tokens // 16) - len(self.shared)
+
+    def has_room(self, waiting: Waiting) -> bool:
+        return self.blocks(waiting) + self.spare * len(self.made) <= self.free
+
+    def spill(self, item: Sequence) -> None:
+        self.gave_way.append(item.key)
+        if not self.is_slow:
+            self.give_back(item)
+
+    def give_back(self, item: Sequence) -> None:
+        held = {block for other in self.made.all() for block in other.block_table}
+        self.free += len(set(item.block_table) - held - self.shared)
+        item.block_table = []
+
+
+def test_a_more_urgent_arrival_takes_the_pages_of_the_least_urgent_and_no_more_than_it_needs() -> None:
+    pool = Pool(*(sequence(str(p), arrival=p, priority=p, blocks=4) for p in range(4)), free=1)
+    pool.wait("urgent", blocks=6, priority=1)
+    assert pool.ask() == "urgent"
+    assert pool.gave_way == ["3", "2"] and pool.free == 9
+
+
+def test_among_equals_nobody_gives_way_however_long_one_waits() -> None:
+    pool = Pool(sequence("a", arrival=1, priority=2), free=0, age_s=1.0)
+    pool.wait("same", blocks=2, priority=2)
+    assert pool.ask(now=1000.0) is None
+    pool.wait("less urgent", blocks=2, priority=3)
+    assert pool.ask(now=2000.0) is None and pool.gave_way == []
+
+
+def test_levels_gained_by_waiting_protect_who_is_admitted() -> None:
+    waited = sequence("waited", arrival=1, priority=2)
+    waited.waited_s = 2.0
+    pool = Pool(waited, age_s=1.0)
+    pool.wait("urgent", blocks=2)
+    assert pool.ask() is None and pool.gave_way == []
+
+
+def test_nobody_gives_way_for_what_fits_or_when_it_would_not_be_enough() -> None:
+    pool = Pool(sequence("batch", priority=5), sequence("urgent too", arrival=1), free=2)
+    pool.wait("small", blocks=2)
+    assert pool.ask() == "small" and pool.gave_way == []
+    pool.wait("large", blocks=7)
+    assert pool.ask() is None and pool.gave_way == [], "the 4 of one and the 2 that are free"
+    pool.free = 3
+    assert pool.ask() == "large" and pool.gave_way == ["batch"]
+
+
+def test_what_is_not_for_want_of_pages_costs_nobody_his() -> None:
+    made = scheduler(sequence("batch", priority=5))
+    made.add_waiting("urgent", arrival=9, now=0.0, num_prompt=4, max_tokens=4)
+    assert made.next_to_admit(0.0, lambda waiting: False, lacks=lambda waiting: None) is None
+    assert len(made) == 1
+
+
+def test_only_the_first_in_order_is_made_room_for() -> None:
+    """Or who needs little would take from others what the first one waits for."""
+    pool = Pool(sequence("batch", priority=5), sequence("urgent too", arrival=1, blocks=6))
+    pool.wait("first", blocks=8, priority=0)
+    pool.wait("second", blocks=2, priority=1, arrival=51)
+    assert pool.ask() is None and pool.gave_way == []
+
+
+def test_the_spare_blocks_of_who_stays_are_counted() -> None:
+    pool = Pool(*(sequence(str(p), arrival=p, priority=p, blocks=4) for p in range(4)), free=4, spare=2)
+    pool.wait("urgent", blocks=6)
+    assert pool.ask() == "urgent" and pool.gave_way == ["3", "2"], "6 and 2 for each of two that stay"
+
+
+def test_shared_pages_come_free_with_their_last_holder_and_not_at_all_if_the_arrival_shares_them() -> None:
+    one, two = sequence("one", arrival=2, priority=1), sequence("two", arrival=1, priority=1)
+    one.block_table, two.block_table = [1, 2, 3, 4], [1, 2, 3, 9]
+    pool = Pool(one, two)
+    pool.wait("urgent", blocks=2)
+    assert pool.ask() == "urgent" and pool.gave_way == ["one", "two"]
+    one, two = sequence("one", arrival=2, priority=1), sequence("two", arrival=1, priority=1)
+    one.block_table, two.block_table = [1, 2, 3, 4], [1, 2, 3, 9]
+    pool = Pool(one, two)
+    pool.shared = frozenset({1, 2, 3})
+    pool.wait("urgent", blocks=6)
+    assert pool.ask() is None and pool.gave_way == [], "it lacks 3, and gets 4 and 9 at most"
+
+
+def test_pinned_pages_are_waited_for_and_nobody_takes_them_meanwhile() -> None:
+    batch, other = sequence("batch", arrival=1, priority=5, blocks=4), sequence("other", arrival=2, blocks=1)
+    pool = Pool(batch, other, free=1)
+    batch.pins = 1
+    pool.wait("urgent", blocks=3)
+    pool.wait("small", blocks=1, arrival=51)
+    assert pool.made.may_preempt_for_waiting()
+    assert pool.ask() is None and pool.gave_way == []
+    batch.pins = 0
+    assert pool.ask() == "urgent" and pool.gave_way == ["batch"]
+    assert pool.ask() == "small"
+
+
+def test_who_is_not_pinned_gives_way_before_who_is() -> None:
+    pinned, loose = sequence("pinned", arrival=1, priority=5), sequence("loose", arrival=2, priority=4)
+    pool = Pool(pinned, loose)
+    pinned.pins = 1
+    pool.wait("urgent", blocks=4)
+    assert pool.ask() == "urgent" and pool.gave_way == ["loose"]
+
+
+def test_pages_on_their_way_are_waited_for() -> None:
+    batch, more = sequence("batch", arrival=2, priority=5), sequence("more", arrival=1, priority=5)
+    pool = Pool(batch, more)
+    pool.is_slow = True
+    pool.wait("urgent", blocks=4)
+    assert pool.ask() is None and pool.gave_way == ["batch"]
+    assert pool.ask() is None and pool.gave_way == ["batch"], "one is enough"
+    pool.give_back(batch)
+    assert pool.ask() == "urgent"
+
+
+def test_who_gave_way_comes_back_after_the_arrival_one_level_higher() -> None:
+    batch = sequence("batch", arrival=1, priority=1)
+    pool = Pool(batch, age_s=10.0)
+    pool.wait("urgent", blocks=4)
+    assert pool.ask() == "urgent", "the other one would be reserved, and first, had it gained a level already"
+    pool.free = 4
+    assert pool.ask() == "batch"
+    batch.block_table = [1, 2, 3, 4]
+    pool.made.add(batch, pool.found)
+    assert batch.waited_s == 10.0 and not pool.made.may_preempt_for_waiting()
+
+
+@pytest.mark.parametrize("max_preemptions", [0, 1, 3])
+def test_nobody_gives_way_to_arrivals_more_often_than_max_preemptions(max_preemptions: int) -> None:
+    batch = sequence("batch", arrival=1, priority=100)
+    pool = Pool(batch, max_preemptions=max_preemptions, age_s=1000.0)
+    for number in range(6):
+        pool.wait(f"urgent {number}", blocks=4, arrival=50 + number)
+        admitted = pool.ask()
+        if admitted is None:
+            break
+        pool.free = 4
+        back(pool.made)
+        pool.free = 0
+    assert len(pool.gave_way) == max_preemptions
+    assert not pool.made.may_preempt_for_waiting()
 
 
 # -- a step's pages -----------------------------------------------------------------------------------------------
