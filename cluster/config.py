@@ -89,13 +89,28 @@ class WorkerLink(BaseModel):
     advertise: Address | None = Field(default=None, description="HOST:PORT that others connect to. Default: `bind`.")
 
 
+class DecodeLink(WorkerLink):
+    """A decode worker listens twice: `bind` and `advertise` are for tokens, the others for the chunks it keeps."""
+
+    kv_bind: Address | None = Field(
+        default=None, description="HOST:PORT to serve kept chunks on; port 0: any free one. Default: any free port."
+    )
+    kv_advertise: Address | None = Field(
+        default=None,
+        description="HOST:PORT that others load kept chunks from. Default: `kv_bind`; with `advertise` alone, others "
+        "are not told of these chunks.",
+    )
+
+
 class Links(BaseModel):
     """Endpoints of single workers, in their order; others choose for themselves."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
     prefill: tuple[WorkerLink, ...] = Field(default=(), strict=False, description="Where prefill workers serve KV.")
-    decode: tuple[WorkerLink, ...] = Field(default=(), strict=False, description="Where decode workers serve tokens.")
+    decode: tuple[DecodeLink, ...] = Field(
+        default=(), strict=False, description="Where decode workers serve tokens, and the chunks that they keep."
+    )
 
 
 class ServeFile(BaseModel):
@@ -299,5 +314,10 @@ def _contradictions(document: YamlDocument, config: ServeFile) -> list[str]:
         if listed > count:
             at = document.at(("link", role))
             problems.append(f"{at}: `link.{role}` lists {listed} workers but `num_{role}` is {count}")
+    for i, link in enumerate(config.link.decode):
+        given = next((key for key in ("kv_bind", "kv_advertise") if getattr(link, key) is not None), None)
+        if given is not None and not config.prefix_caching:
+            at = document.at(("link", "decode", i, given))
+            problems.append(f"{at}: `{given}` is for chunks that are kept, and `prefix_caching: false` keeps none")
     reasons = why_unservable(config.policy, levels=config.policy.levels, num_prefill=config.num_prefill)
     return problems + [f"{document.at(('num_prefill',))}: {reason}" for reason in reasons]

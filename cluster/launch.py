@@ -24,7 +24,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from cluster.actors import CONTROLLER, Controller, GatewayActor, WorkerActor
-from cluster.config import ServeConfig, StartRefused, WorkerLink
+from cluster.config import DecodeLink, ServeConfig, StartRefused, WorkerLink
 from cluster.membership import Role, WorkerInfo, host_id
 from cluster.policy import why_unservable
 from cluster.policy_reload import PolicyKeeper
@@ -197,7 +197,7 @@ def _start(config: ServeConfig) -> RunningCluster:
             }
             companion = None
             if role == "decode":
-                worker |= {**decoding, "kv_bind": _bind(WorkerLink(), is_local)}
+                worker |= {**decoding, "kv_bind": _bind(WorkerLink(bind=link.kv_bind), is_local)}
             elif config.prefill_decodes and link.advertise is None:  # nobody says where others would reach it
                 companion = {**worker, **decoding, "bind": _bind(WorkerLink(), is_local)}
             workers[worker_id] = actor.options(
@@ -209,6 +209,7 @@ def _start(config: ServeConfig) -> RunningCluster:
                 worker=worker,
                 store=_store(config, worker_id) if role == "prefill" or config.prefix_caching else None,
                 advertise=link.advertise,
+                kv_advertise=link.kv_advertise if role == "decode" else None,
                 companion=companion,
             )
     name = config.model_name or Path(config.model).resolve().name
@@ -300,9 +301,10 @@ def _keys(*, enabled: bool) -> tuple[CurveKeys | None, Any]:
     return client, make
 
 
-def _link(config: ServeConfig, role: Role | str, number: int) -> WorkerLink:
+def _link(config: ServeConfig, role: Role | str, number: int) -> Any:
+    """WorkerLink or, of a decode worker, DecodeLink."""
     links = getattr(config.link, role)
-    return links[number] if number < len(links) else WorkerLink()
+    return links[number] if number < len(links) else DecodeLink() if role == "decode" else WorkerLink()
 
 
 def _store(config: ServeConfig, worker_id: str) -> dict[str, Any]:

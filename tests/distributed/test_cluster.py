@@ -7,6 +7,7 @@ import contextlib
 import os
 import random
 import signal
+import socket
 import time
 
 import httpx
@@ -14,7 +15,7 @@ import pytest
 import ray
 from openai import OpenAI
 
-from cluster.config import BUNDLED_MODEL, ServeConfig, StartRefused, load_config
+from cluster.config import BUNDLED_MODEL, DecodeLink, Links, ServeConfig, StartRefused, load_config
 from cluster.launch import _check_room, policy_keeper, running_cluster
 from cluster.policy_reload import POLICY_NUMBER
 from decode.slo import SLOPolicy
@@ -23,8 +24,21 @@ from prefill.runtime import load_runtime
 from scripts.demo_client import ask
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def cluster():
+    tokens, kv = (f"{free_port()}" for _ in range(2))
+    link = DecodeLink(
+        bind=f"127.0.0.1:{tokens}",
+        advertise=f"localhost:{tokens}",
+        kv_bind=f"127.0.0.1:{kv}",
+        kv_advertise=f"localhost:{kv}",
+    )
     config = ServeConfig(
         port=0,
         num_prefill=2,
@@ -32,6 +46,7 @@ def cluster():
         prefill_decodes=False,
         threads=1,
         page_ttl_s=3600.0,
+        link=Links(decode=(link,)),
         policy=SLOPolicy(ttft_s=20.0),
     )
     with running_cluster(config) as running:
@@ -74,6 +89,16 @@ def test_a_document_asked_about_again_comes_from_the_store(cluster) -> None:
     again = ask_all(cluster.base_url, [document + [8]], max_tokens=2, kv={"mode": "raw"})[0]
     assert first.receipt["live_prefill"] and not again.receipt["live_prefill"]
     assert first.receipt["source"] == again.receipt["source"]
+
+
+def test_workers_are_told_where_what_a_decode_worker_keeps_is_advertised(cluster) -> None:
+    _, told = ray.get(cluster.controller.table.remote(), timeout=60)
+    endpoints = {info["id"]: (info["endpoint"], info["kv_endpoint"]) for info in told}
+    for endpoint in endpoints["decode-0"]:
+        assert endpoint.startswith("tcp://localhost:")
+        socket.create_connection(endpoint.removeprefix("tcp://").rsplit(":", 1), timeout=10).close()
+    assert all(endpoint.startswith("tcp://127.0.0.1:") for endpoint in endpoints["decode-1"])
+    assert endpoints["prefill-0"][1] is None
 
 
 def test_the_openai_client_drives_it(cluster) -> None:

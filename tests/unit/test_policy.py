@@ -299,6 +299,9 @@ def test_links_of_single_workers(tmp_path: Path) -> None:
     path = write(tmp_path, "link:\n  prefill:\n    - bind: 127.0.0.1:7100\n      advertise: 127.0.0.1:7000\n")
     (link,) = load_config(path).link.prefill
     assert (link.bind, link.advertise) == ("127.0.0.1:7100", "127.0.0.1:7000")
+    path = write(tmp_path, "link:\n  decode: [{kv_bind: '127.0.0.1:7100', kv_advertise: '[::1]:7000'}]\n")
+    (decode,) = load_config(path).link.decode
+    assert (decode.bind, decode.kv_bind, decode.kv_advertise) == (None, "127.0.0.1:7100", "[::1]:7000")
 
 
 @pytest.mark.parametrize(
@@ -318,6 +321,9 @@ def test_links_of_single_workers(tmp_path: Path) -> None:
         ("link:\n  prefill:\n    - bind: nowhere\n", 3, "HOST:PORT"),
         ("link:\n  prefill:\n    - bid: 1.2.3.4:5\n", 3, "did you mean `bind`?"),
         ("link:\n  decode: [{}, {}]\n", 2, "`num_decode` is 1"),
+        ("link:\n  decode:\n    - kv_advertise: somewhere\n", 3, "HOST:PORT"),
+        ("link:\n  prefill:\n    - kv_advertise: 1.2.3.4:5\n", 3, "unknown key `kv_advertise`"),
+        ("prefix_caching: false\nlink:\n  decode:\n    - kv_bind: 1.2.3.4:5\n", 4, "`kv_bind` is for chunks"),
         ("policy:\n  itl_ms: 5\n  tft_ms: 5\n", 3, "did you mean `ttft_ms`?"),
         ("port: 1\npolicy: none.yaml\n", 2, "does not exist"),
         ("policy: 7\n", 1, "`policy`"),
