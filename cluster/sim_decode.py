@@ -1,7 +1,8 @@
 """A decode worker in virtual time: the production controller, link scheduler, batch scheduler and transfer machine.
 
 What a DecodeWorker and its KVPuller do in threads happens here on two servers, one that decodes blobs and one that runs
-the engine's steps.
+the engine's steps. It keeps nothing of what it computed, neither pages nor chunks: a preempted request loads its prompt
+again and computes its answer so far.
 """
 
 from __future__ import annotations
@@ -15,18 +16,22 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.cost_model import CostModel
+from cluster.sim_blocks import SimBlocks
 from cluster.sim_prefill import GREETING
 from decode import fill_events as ev
-from decode.admission import WorkerLimits, fill_orders
+from decode.admission import WorkerLimits, check_request, fill_orders
 from decode.estimator import CodecEstimator, ComputeEstimator
 from decode.fill import FillMachine
-from decode.fill_loading import IDLE_ENGINE, EngineLoad
+from decode.fill_loading import IDLE_ENGINE, EngineLoad, FillSpec
 from decode.link_scheduler import Kind, LinkScheduler, LinkShare, priority
 from decode.receipt import Timeline
 from decode.requests import GenerationRequest, RequestRefused
-from decode.scheduler import Phase, Row, Scheduler
+from decode.scheduler import Lack, Phase, Row, Scheduler, SchedulingPolicy, Waiting
 from decode.scheduler import Sequence as BatchSequence
+from decode.scheduling_policy import MAX_SEQUENCES, MAX_WAITING
 from decode.slo import SLOPolicy
+from prefill.block_pool import blocks_for
+from prefill.chunks import num_loadable_chunks
 from transport import events as wire
 from transport import sink_io
 from transport.errors import UnknownTransfer
@@ -40,7 +45,7 @@ BLOCK_TOKENS = 16
 @dataclass(slots=True, kw_only=True, eq=False)
 class SimRequest:
     """One request and what became of it. keys: of its loadable chunks; num_stored: how many of them a source had when
-    it came. ended: "", "finished" or why it failed."""
+    it came. fill: what led to its first token. ended: "", "finished" or why it failed."""
 
     request: GenerationRequest
     keys: Sequence[bytes]
@@ -50,6 +55,7 @@ class SimRequest:
     policy: SLOPolicy = field(default_factory=SLOPolicy)
     ended: str = ""
     num_stored: int = 0
+    num_preempted: int = 0
     token_times: list[float] = field(default_factory=list)
 
     @property
@@ -66,8 +72,13 @@ class SimRequest:
 
 @dataclass(slots=True, kw_only=True, eq=False)
 class _Running:
+    """Admitted. fill_tokens: so many have to be in its pages before a token is drawn; its answer too if it was
+    preempted."""
+
     state: SimRequest
     sequence: BatchSequence
+    fill: FillMachine
+    fill_tokens: int
     shares: list[LinkShare]
     transfers: dict[int, str] = field(default_factory=dict)
     pages: list[tuple[ev.Refine, Any]] = field(default_factory=list)
@@ -108,14 +119,19 @@ class SimDecodeWorker:
             nested=frozenset(costs.nested),
             exact=frozenset(costs.chunk_bytes) - frozenset(costs.nested),
         )
-        self._free_tokens = max_tokens
-        self._scheduler = Scheduler()
+        self._blocks = SimBlocks(max_tokens // BLOCK_TOKENS)
+        self._scheduler = Scheduler(
+            SchedulingPolicy(max_waiting=MAX_WAITING),
+            num_blocks=self._blocks.num_blocks,
+            block_tokens=BLOCK_TOKENS,
+        )
+        self._scheduler.set_shares(policy.shares(), default=policy.share)
+        self._states: dict[str, SimRequest] = {}  # waiting or running
         self._running: dict[str, _Running] = {}
         self._by_transfer: dict[str, tuple[_Running, int]] = {}
-        self._waiting: deque[SimRequest] = deque()
         self._jobs: list[tuple[int, int, _Running, ev.Decode | ev.Refine]] = []
         self._order = itertools.count()
-        self._is_decoding = self._is_stepping = False
+        self._is_decoding = self._is_stepping = self._is_admitting = False
         self._row_step_s = 0.0
         self._inbox: deque[wire.TransferEvent] = deque()
 
@@ -123,65 +139,127 @@ class SimDecodeWorker:
 
     @property
     def num_requests(self) -> int:
-        return len(self._running) + len(self._waiting)
+        return len(self._states)
 
     def submit(self, state: SimRequest) -> None:
-        state.policy = self.policy.for_tenant(state.request.tenant)
-        self._waiting.append(state)
+        key, request, now = state.request.request_id, state.request, self._network.now
+        state.policy = self.policy.for_tenant(request.tenant)
+        try:
+            check_request(request, self._limits)
+            self._scheduler.add_waiting(
+                key,
+                arrival=next(self._order),
+                now=now,
+                num_prompt=len(request.token_ids),
+                max_tokens=request.sampling.max_tokens,
+                tenant=request.tenant,
+                priority=request.priority,
+                deadline=self._orders(state, len(request.token_ids)).deadline,
+            )
+        except RequestRefused as refused:
+            state.ended = refused.code
+            return
+        self._states[key] = state
         self._admit()
 
     def cancel(self, state: SimRequest) -> None:
         """The client left."""
-        running = self._running.get(state.request.request_id)
-        if running is not None:
-            self._end(running, "cancelled")
+        if state.request.request_id in self._states:
+            self._end(state.request.request_id, "cancelled")
 
     def check_integrity(self) -> None:
         """Run when idle: nothing is left of any request."""
         self._sink.check_integrity()
+        self._scheduler.check_integrity()
         for running in self._running.values():
-            assert running.state.fill is not None
-            running.state.fill.check_integrity()
+            running.fill.check_integrity()
+        held = sum(len(sequence.block_table) for sequence in self._scheduler.all())
+        assert held + self._blocks.num_free == self._blocks.num_blocks, "a block is lost"
         if not self._running:
             assert self.links.num_shares == 0 and not self._by_transfer and not self._jobs
             assert self._sink.num_transfers == 0
 
-    def _admit(self) -> None:
-        while self._waiting:
-            request = self._waiting[0].request
-            needed = len(request.token_ids) + request.sampling.max_tokens
-            if needed > self._free_tokens:
-                return
-            self._free_tokens -= needed
-            self._begin(self._waiting.popleft())
+    # -- who holds pages, as decode/page_holders.py does it -----------------------------------------------------------
 
-    def _begin(self, state: SimRequest) -> None:
-        now, request = self._network.now, state.request
-        state.timeline.admitted_at = now
-        num_prompt, size = len(request.token_ids), self._costs.chunk_tokens
-        tail_s = self.compute.tail_seconds((num_prompt - 1) // size * size, num_prompt)
+    def _admit(self) -> None:
+        if self._is_admitting:
+            return  # called from within by a request that ended at once; the loop below goes on
+        self._is_admitting = True
         try:
-            spec = fill_orders(
-                request, state.policy, self._limits, has_source=bool(state.sources), now=now, tail_s=tail_s
-            )
-        except RequestRefused as refused:
-            state.ended = refused.code
-            self._free_tokens += num_prompt + request.sampling.max_tokens
-            return
-        sequence = BatchSequence(
-            key=request.request_id,
-            request=request,
-            block_table=[],
-            deadline=spec.deadline,
-            arrival=next(self._order),
-            itl_s=state.policy.itl_s,
+            while True:
+                waiting = self._scheduler.next_to_admit(
+                    self._network.now, self._has_room, lacks=self._lacks, spill=self._spill
+                )
+                if waiting is None:
+                    return
+                self._begin(waiting)
+        finally:
+            self._is_admitting = False
+
+    def _has_room(self, waiting: Waiting) -> bool:
+        return len(self._scheduler) < MAX_SEQUENCES and self._missing(waiting, len(self._scheduler)) <= 0
+
+    def _lacks(self, waiting: Waiting) -> Lack | None:
+        if len(self._scheduler) >= MAX_SEQUENCES:
+            return None
+        return Lack(blocks=lambda num_left: self._missing(waiting, num_left))
+
+    def _missing(self, waiting: Waiting, num_admitted: int) -> int:
+        wanted = blocks_for(waiting.num_tokens, BLOCK_TOKENS) + SchedulingPolicy.spare_blocks(num_admitted)
+        return wanted - self._blocks.num_free
+
+    def _grow(self, sequence: BatchSequence, num_blocks: int) -> bool:
+        if num_blocks > self._blocks.num_free:
+            return False
+        sequence.block_table += self._blocks.take(num_blocks)
+        return True
+
+    def _spill(self, sequence: BatchSequence) -> None:
+        running = self._running.pop(sequence.key)
+        running.state.num_preempted += 1
+        self._stop(running)
+        self._blocks.give_back(sequence.block_table)
+
+    def _orders(self, state: SimRequest, fill_tokens: int) -> FillSpec:
+        """Raises RequestRefused."""
+        return fill_orders(
+            state.request,
+            state.policy,
+            self._limits,
+            has_source=bool(state.sources),
+            now=self._network.now,
+            tail_s=self.compute.tail_seconds(self._tail_start(state), fill_tokens),
         )
-        self._scheduler.add(sequence)
+
+    def _tail_start(self, state: SimRequest) -> int:
+        size = self._costs.chunk_tokens
+        return num_loadable_chunks(len(state.request.token_ids), size) * size
+
+    def _begin(self, waiting: Waiting) -> None:
+        now, state, sequence = self._network.now, self._states[waiting.key], waiting.sequence
+        fill_tokens = len(state.request.token_ids) if sequence is None else sequence.num_tokens
+        try:
+            spec = self._orders(state, fill_tokens)
+        except RequestRefused as refused:  # a policy that changed since
+            del self._states[waiting.key]
+            state.ended = refused.code
+            return
+        if sequence is None:
+            state.timeline.admitted_at = now
+            sequence = BatchSequence(
+                key=waiting.key,
+                request=state.request,
+                block_table=[],
+                deadline=spec.deadline,
+                arrival=waiting.arrival,
+                itl_s=state.policy.itl_s,
+            )
+        sequence.block_table = self._blocks.take(blocks_for(waiting.num_tokens, BLOCK_TOKENS))
+        self._scheduler.add(sequence, waiting)
         prior = state.policy.link_prior_bps / 8
         sources = state.sources if spec.may_load else ()
         shares = [self.links.join(name, deadline=spec.deadline, prior_bytes_per_s=prior) for name in sources]
-        running = _Running(state=state, sequence=sequence, shares=shares)
-        state.fill = FillMachine(
+        fill = FillMachine(
             spec,
             now=now,
             sources=shares,
@@ -189,21 +267,27 @@ class SimDecodeWorker:
             codec=self.codec,
             load=lambda: self._engine_load(sequence),
         )
+        if not sequence.output:
+            state.fill = fill
+        running = _Running(state=state, sequence=sequence, fill=fill, fill_tokens=fill_tokens, shares=shares)
         self._running[sequence.key] = running
-        self._carry_out(running, state.fill.start(now))
+        self._carry_out(running, fill.start(now))
         self._network.later(now + 0.02, lambda: self._tick(running))
 
-    def _end(self, running: _Running, why: str) -> None:
-        state = running.state
-        if self._running.pop(running.sequence.key, None) is None:
-            return
+    def _end(self, key: str, why: str) -> None:
+        state, running = self._states.pop(key), self._running.pop(key, None)
         state.ended = why
-        assert state.fill is not None
-        state.fill.done = True
-        self._forget(running)
-        self._scheduler.remove(running.sequence.key)
-        self._free_tokens += len(state.request.token_ids) + state.request.sampling.max_tokens
+        if running is not None:
+            self._stop(running)
+        sequence = self._scheduler.remove(key)
+        if sequence is not None:
+            self._blocks.give_back(sequence.block_table)
         self._admit()
+
+    def _stop(self, running: _Running) -> None:
+        running.fill.done = True
+        running.pages.clear()
+        self._forget(running)
 
     def _forget(self, running: _Running) -> None:
         for source in list(running.transfers):
@@ -221,14 +305,12 @@ class SimDecodeWorker:
     # -- the fill machine's shell ---------------------------------------------------------------------------------
 
     def _tick(self, running: _Running) -> None:
-        assert running.state.fill is not None
-        if not running.state.fill.done:
+        if not running.fill.done:
             self._feed(running, ev.Tick())
             self._network.later(self._network.now + 0.02, lambda: self._tick(running))
 
     def _feed(self, running: _Running, event: ev.Event) -> None:
-        fill = running.state.fill
-        assert fill is not None
+        fill = running.fill
         self._carry_out(running, fill.handle(event, self._network.now))
         for source in fill.sources:
             if not (source.is_open or source.is_opening):
@@ -239,14 +321,12 @@ class SimDecodeWorker:
             self._network.later(max(fill.wake_at, self._network.now), lambda: self._wake(running))
 
     def _wake(self, running: _Running) -> None:
-        fill = running.state.fill
-        assert fill is not None
+        fill = running.fill
         if fill.wake_at is not None and fill.wake_at <= self._network.now and not fill.done:
             self._feed(running, ev.Tick())
 
     def _carry_out(self, running: _Running, commands: list[ev.Command]) -> None:
-        fill, deadline = running.state.fill, running.sequence.deadline
-        assert fill is not None
+        deadline = running.sequence.deadline
         for command in commands:
             match command:
                 case ev.Open():
@@ -276,14 +356,14 @@ class SimDecodeWorker:
                     running.sequence.work_chunk = command.chunk
                     self._step_soon()
                 case ev.Ready():
-                    num_prompt = len(running.state.request.token_ids)
-                    start = (num_prompt - 1) // self._costs.chunk_tokens * self._costs.chunk_tokens
-                    running.sequence.phase, running.sequence.work = Phase.TAIL, (start, num_prompt)
+                    start = self._tail_start(running.state)
+                    running.sequence.phase, running.sequence.work = Phase.TAIL, (start, running.fill_tokens)
                     running.sequence.work_chunk = None
-                    running.state.timeline.filled_at = self._network.now
+                    if not running.sequence.output:
+                        running.state.timeline.filled_at = self._network.now
                     self._step_soon()
                 case ev.Fail():
-                    self._end(running, command.code)
+                    self._end(running.sequence.key, command.code)
 
     def _to_sink(self, event: sink_io.SinkInput) -> None:
         """Not from within the machine that is just telling us."""
@@ -355,7 +435,7 @@ class SimDecodeWorker:
             self._is_decoding = False
             if isinstance(command, ev.Decode):
                 self._feed(running, ev.BlobDecoded(chunk=command.chunk, seconds=seconds))
-            elif running.sequence.phase is not Phase.ENDED:
+            elif self._running.get(running.sequence.key) is running:
                 running.pages.append((command, seconds))
                 self._step_soon()
             self._decode_next()
@@ -390,10 +470,15 @@ class SimDecodeWorker:
 
     def _step(self) -> None:
         self._put_pages()
+        if self._scheduler.may_preempt_for_waiting():
+            self._admit()
         rows = self._scheduler.next_rows(self._slice_tokens())
+        rows = self._scheduler.rows_with_pages(rows, self._network.now, grow=self._grow, spill=self._spill)
         if not rows:
             self._is_stepping = False
             return
+        for row in rows:
+            row.sequence.pins += 1
         costs = self._costs
         slices = [row for row in rows if row.stop - row.start > 1]
         num_rows = len(rows) - len(slices)
@@ -407,8 +492,7 @@ class SimDecodeWorker:
 
     def _put_pages(self) -> None:
         for running in list(self._running.values()):
-            sequence, fill = running.sequence, running.state.fill
-            assert fill is not None
+            sequence, fill = running.sequence, running.fill
             if sequence.phase is Phase.TAIL or not running.pages:
                 sequence.is_held = not fill.may_step(len(sequence.output))
                 continue
@@ -427,28 +511,32 @@ class SimDecodeWorker:
 
     def _after_step(self, rows: list[Row]) -> None:
         for row in rows:
-            sequence = row.sequence
-            if sequence.phase is Phase.ENDED:
-                continue
-            running = self._running[sequence.key]
-            if sequence.phase is not Phase.RUNNING:
-                if not self._scheduler.computed(row):
-                    continue
-                if sequence.phase is Phase.FILLING:
-                    chunk, sequence.work_chunk = sequence.work_chunk, None
-                    assert chunk is not None
-                    self._feed(running, ev.ChunkComputed(chunk=chunk))
-                    continue
-                sequence.phase = Phase.RUNNING
-                timeline = running.state.timeline
+            if row.sequence.phase is not Phase.ENDED:
+                self._after_row(row)
+            row.sequence.pins -= 1
+        self._step()
+
+    def _after_row(self, row: Row) -> None:
+        sequence = row.sequence
+        running = self._running[sequence.key]
+        if sequence.phase is not Phase.RUNNING:
+            if not self._scheduler.computed(row):
+                return
+            if sequence.phase is Phase.FILLING:
+                chunk, sequence.work_chunk = sequence.work_chunk, None
+                assert chunk is not None
+                self._feed(running, ev.ChunkComputed(chunk=chunk))
+                return
+            sequence.phase = Phase.RUNNING
+            timeline = running.state.timeline
+            if not sequence.output:
                 timeline.first_token_at = self._network.now
                 assert timeline.filled_at is not None
-                num_prompt, size = len(sequence.request.token_ids), self._costs.chunk_tokens
-                start = (num_prompt - 1) // size * size
-                self.compute.observe_tail(start, num_prompt, self._network.now - timeline.filled_at)
-                self._feed(running, ev.FirstToken())
-            sequence.output.append(0)
-            running.state.token_times.append(self._network.now)
-            if len(sequence.output) >= running.state.request.sampling.max_tokens:
-                self._end(running, "finished")
-        self._step()
+                tail_s = self._network.now - timeline.filled_at
+                self.compute.observe_tail(self._tail_start(running.state), running.fill_tokens, tail_s)
+            self._feed(running, ev.FirstToken())
+            self._admit()  # those that waited for its pages
+        sequence.output.append(0)
+        running.state.token_times.append(self._network.now)
+        if len(sequence.output) >= running.state.request.sampling.max_tokens:
+            self._end(sequence.key, "finished")

@@ -55,7 +55,7 @@ class Arrival:
 
 class SimulatedCluster:
     """rate: bytes a second of each link between a source and a decode worker, or what it follows; downlink: what all
-    links of one decode worker share. all_sources_have_it: whether what is `stored` lies at every source."""
+    links of one decode worker share. kv_tokens: what a decode worker's pages hold."""
 
     def __init__(
         self,
@@ -67,6 +67,7 @@ class SimulatedCluster:
         delay_s: float = 0.0005,
         num_prefill: int = 1,
         num_decode: int = 1,
+        kv_tokens: int = 1 << 22,
         seed: int = 0,
     ) -> None:
         self.costs = costs
@@ -77,7 +78,12 @@ class SimulatedCluster:
         }
         self.decode = {
             f"decode-{i}": SimDecodeWorker(
-                f"decode-{i}", network=self.network, costs=costs, policy=policy, downlink=downlink
+                f"decode-{i}",
+                network=self.network,
+                costs=costs,
+                policy=policy,
+                max_tokens=kv_tokens,
+                downlink=downlink,
             )
             for i in range(num_decode)
         }

@@ -10,14 +10,10 @@ from typing import Protocol
 
 from decode.active_request import ActiveRequest
 from decode.admission_times import AdmissionTimes
-from decode.scheduler import Lack, Phase, Scheduler, Sequence, Waiting
+from decode.scheduler import Lack, Phase, Scheduler, SchedulingPolicy, Sequence, Waiting
+from decode.scheduling_policy import MAX_SEQUENCES
 from decode.tagged_pages import PageTable, TaggedPages
 from prefill.block_pool import PoolExhausted
-
-# Left free for each admitted request to grow into: without any, half of all requests are preempted where pages are
-# short (docs/scheduler.md).
-SPARE_BLOCKS = 2
-MAX_SEQUENCES = 256  # admitted at once; as many transfers as transport allows to one source
 
 
 class HolderOwner(Protocol):
@@ -107,7 +103,7 @@ class PageHolders:
             state.pages = self._pages.begin(state.chain, num_to_fill, waiting.num_tokens, state.max_kl, self._now)
         except PoolExhausted:
             return False
-        if len(self._scheduler) and not self._pages.can_grow_by(SPARE_BLOCKS * (len(self._scheduler) + 1)):
+        if not self._pages.can_grow_by(SchedulingPolicy.spare_blocks(len(self._scheduler))):
             self._pages.release(state.pages, self._now)
             state.pages = None
             return False
@@ -122,9 +118,7 @@ class PageHolders:
         num_lacking, found = self._pages.lacking(
             state.chain, _num_to_fill(state, waiting), waiting.num_tokens, state.max_kl
         )
-        return Lack(
-            blocks=lambda num_left: num_lacking + (SPARE_BLOCKS * (num_left + 1) if num_left else 0), shared=found
-        )
+        return Lack(blocks=lambda num_left: num_lacking + SchedulingPolicy.spare_blocks(num_left), shared=found)
 
     def before_step(self, now: float) -> None:
         """When no forward pass uses anybody's pages, the more urgent of those who wait get theirs."""

@@ -7,6 +7,12 @@ from dataclasses import dataclass, field
 
 from decode.fair_share import TenantShare
 
+# What a decode worker adds when it judges whether a request has room. Blocks are left free for each admitted request to
+# grow into: without any, half of all requests are preempted where pages are short (docs/scheduler.md).
+SPARE_BLOCKS = 2
+MAX_SEQUENCES = 256  # admitted at once; as many transfers as transport allows to one source
+MAX_WAITING = 256
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SchedulingPolicy:
@@ -47,6 +53,11 @@ class SchedulingPolicy:
         ):
             if value is not None and not value >= least:
                 raise ValueError(f"{name} is {value}; it must be at least {least}.")
+
+    @staticmethod
+    def spare_blocks(num_admitted: int) -> int:
+        """To be left free when one more is admitted beside so many; none for one that is alone."""
+        return SPARE_BLOCKS * (num_admitted + 1) if num_admitted else 0
 
     def levels_gained(self, waited_s: float) -> int:
         """By having waited so long."""

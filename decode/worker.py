@@ -30,6 +30,7 @@ from decode.requests import GenerationRequest, RequestRefused, TokenLogprobs
 from decode.sampling import Drawn
 from decode.sampling_state import SamplingState
 from decode.scheduler import Phase, QueueRefused, Scheduler, SchedulingPolicy, Sequence
+from decode.scheduling_policy import MAX_WAITING
 from decode.slo import SLOPolicy
 from decode.startup import measure_compute, measure_decode, measure_steps, promised_kl, worker_limits
 from decode.tagged_pages import TaggedPages
@@ -42,7 +43,6 @@ from prefill.store import MASTER_LEVEL, ChunkStore
 from transport.curve import CurveKeys
 from transport.stream_server import StreamServer
 
-MAX_WAITING = 256
 MAX_RECEIPTS = 1024
 READ_S_PER_BYTE = 1e-9  # from disk: 1 GB/s
 

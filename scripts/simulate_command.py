@@ -63,6 +63,9 @@ def simulate(
     delay_ms: Annotated[float, typer.Option(help="One way.", min=0, rich_help_panel=LINK)] = 0.5,
     num_prefill: Annotated[int, typer.Option(min=0, rich_help_panel=CLUSTER)] = 1,
     num_decode: Annotated[int, typer.Option(min=1, rich_help_panel=CLUSTER)] = 1,
+    kv_tokens: Annotated[
+        int, typer.Option(help="That a decode worker's pages hold.", min=16, rich_help_panel=CLUSTER)
+    ] = 1 << 22,
     seed: Annotated[int, typer.Option(help="The same seed gives the same run.")] = 0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the figures to this file.")] = None,
 ) -> None:
@@ -90,8 +93,9 @@ def simulate(
     with clean_errors(BadTrace, BadWorkload, OSError):
         link = _link(known, link_mbps, link_trace, beta)
         cluster = SimulatedCluster(
-            known, slo, rate=link, delay_s=delay_ms / 1e3, num_prefill=num_prefill, num_decode=num_decode, seed=seed
-        )
+            known, slo, rate=link, delay_s=delay_ms / 1e3, num_prefill=num_prefill, num_decode=num_decode,
+            kv_tokens=kv_tokens, seed=seed,
+        )  # fmt: skip
         if trace is not None:
             with trace.open() as lines:
                 rows = mooncake_arrivals(lines, time_scale=time_scale, length_scale=length_scale, limit=limit)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from cluster.cost_model import CostModel
 from cluster.sim_decode import SimRequest
 from cluster.simulate_run import BadWorkload, mooncake_arrivals, random_arrivals, run_workload
 from cluster.simulation import Arrival, SimulatedCluster
+from decode.fair_share import TenantShare
 from decode.slo import SLOPolicy
 from scripts.cli import app
 
@@ -167,6 +170,60 @@ def test_on_one_link_the_earlier_deadline_is_served_first_and_neither_misreads_i
     assert first < alone_s + 0.25 * whole_s, "the hurried one shared the link"
     assert second > first + 0.5 * whole_s, "the patient one was not behind"
     assert len(rates) >= 10 and all(0.75 * RATE < rate < 1.25 * RATE for rate in rates), rates
+    settle(cluster)
+
+
+# -- the batch scheduler --------------------------------------------------------------------------------------------
+
+
+def test_requests_that_do_not_all_fit_the_pages_give_way_and_end() -> None:
+    cluster = cluster_of(kv_tokens=8192)  # three or four at once, and their answers do not fit
+    states = cluster.run([prompt(0.1 * n, document=n, chunks=6, output_tokens=900) for n in range(6)])
+    assert all(ended_well(state) for state in states)
+    assert 0 < sum(state.num_preempted for state in states) < 20
+    settle(cluster)
+
+
+def test_an_urgent_request_goes_before_those_that_wait_and_takes_pages_of_those_that_run() -> None:
+    def run(priority: int) -> tuple[SimRequest, list[SimRequest]]:
+        cluster = cluster_of(kv_tokens=8192)
+        batch = [prompt(0.0, document=n, chunks=9, output_tokens=400) for n in range(5)]
+        late = prompt(3.0, document=7, chunks=9, request_id="late", options={"priority": priority})
+        *others, found = cluster.run([*batch, late])
+        settle(cluster)
+        assert all(ended_well(state) for state in (*others, found))
+        return found, others
+
+    urgent, gave_way = run(-5)
+    patient, undisturbed = run(0)
+    assert urgent.ttft_s is not None and patient.ttft_s is not None and urgent.ttft_s < 0.3 * patient.ttft_s
+    assert sum(state.num_preempted for state in gave_way) > sum(state.num_preempted for state in undisturbed)
+
+
+def test_a_tenants_share_holds() -> None:
+    policy = replace(POLICY, tenants={"free": {"share": TenantShare(max_requests=1)}})
+    cluster = cluster_of(policy)
+    states = cluster.run([prompt(0.0, document=n, options={"tenant": "free"}) for n in range(3)])
+    spans = sorted((state.timeline.admitted_at or 0.0, state.token_times[-1]) for state in states)
+    assert all(ended <= begun for (_, ended), (begun, _) in itertools.pairwise(spans))
+    settle(cluster)
+
+
+def test_what_a_worker_would_refuse_is_refused() -> None:
+    cluster = cluster_of(kv_tokens=4096)
+    large, *many = cluster.run([prompt(0.0, chunks=20), *(prompt(0.1, chunks=8, document=n) for n in range(300))])
+    assert large.ended == "kv_pool_too_small" and large.token_times == []
+    ended = Counter(state.ended for state in many)
+    assert ended.keys() == {"finished", "overloaded"} and ended["overloaded"] == 300 - 256 - 1
+    settle(cluster)
+
+
+def test_a_client_that_leaves_while_it_waits_leaves_nothing() -> None:
+    cluster = cluster_of(kv_tokens=4096)
+    states = [cluster.later(prompt(0.0, document=n, chunks=8, output_tokens=50)) for n in range(3)]
+    cluster.network.later(0.5, lambda: cluster.decode["decode-0"].cancel(states[2]))
+    cluster.network.run(until_s=100)
+    assert [state.ended for state in states] == ["finished", "finished", "cancelled"]
     settle(cluster)
 
 
