@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
@@ -85,6 +86,23 @@ def test_stop_strings_across_tokens(client: httpx.Client, backend: FakeBackend) 
     assert body["usage"]["completion_tokens"] == len("héllo wör".encode())
     assert body["kv_receipt"]["chunks"]
     assert backend.cancelled.wait(WAIT_S), "the tokens after a stop string are cancelled"
+
+
+@pytest.mark.parametrize("max_tokens", [50, 19, 18])
+def test_a_stop_string_that_never_comes_holds_nothing_back(
+    client: httpx.Client, backend: FakeBackend, max_tokens: int
+) -> None:
+    """Its beginning does, at the very end of the answer."""
+    stop, reason = ["€5 and more", "nowhere"], "stop" if max_tokens > 18 else "length"
+    choice = completions(client, stop=stop, max_tokens=max_tokens).json()["choices"][0]
+    assert (choice["text"], choice["finish_reason"]) == ("héllo wörld €5", reason)
+    chunks = events_of(completions(client, stop=stop, max_tokens=max_tokens, stream=True).text)
+    assert "".join(chunk["choices"][0]["text"] for chunk in chunks) == "héllo wörld €5"
+    assert chunks[-1]["choices"][0]["finish_reason"] == reason
+    deadline = time.monotonic() + WAIT_S
+    while backend.running:  # its generator is closed behind the last event
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
 
 
 def test_token_ids_on_request(client: httpx.Client) -> None:
