@@ -106,7 +106,7 @@ class ClusterBackend:
     async def metrics_text(self) -> str:
         """The workers' counters and gauges as last reported, labelled by worker."""
         lines = [
-            f'kvstream_{name}{{worker="{info.id}",role="{info.role}"}} {value:g}'
+            f'kvstream_{name}{{worker="{info.id}",role="{info.role}"}} {_exactly(value)}'
             for info in self.table
             for name, value in info.stats.items()
         ]
@@ -209,3 +209,8 @@ def _remember(known: OrderedDict[str, Any], key: str, value: Any, limit: int) ->
     known[key] = value
     while len(known) > limit:
         known.popitem(last=False)
+
+
+def _exactly(value: float) -> str:
+    """In all its digits: of a counter with six, rates come out as nothing and then as jumps."""
+    return repr(float(value)).removesuffix(".0")

@@ -204,6 +204,19 @@ def test_a_receipt_is_asked_of_who_served_and_still_lives() -> None:
     run(scene, "d0", d0=[OK])
 
 
+def test_metrics_have_all_their_digits() -> None:
+    backend = ClusterBackend(chunk_tokens=4)
+    stats = {"bytes_total": 123_456_789_012, "seconds": 0.1, "small": 1.5e-7, "rows": 3.0}
+    backend.table = [replace(worker("d0"), stats=stats)]
+    values = {line.split("{")[0]: line.split(" ")[1] for line in asyncio.run(backend.metrics_text()).splitlines()}
+    assert values == {
+        "kvstream_bytes_total": "123456789012",
+        "kvstream_rows": "3",
+        "kvstream_seconds": "0.1",
+        "kvstream_small": "1.5e-07",
+    }
+
+
 def test_what_is_remembered_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cluster.backend_zmq, "MAX_KNOWN_REQUESTS", 10)
 
