@@ -142,18 +142,13 @@ class Scheduler:
         preempted `max_preemptions` times. spill: as in `rows_with_pages`.
         """
         self._settle()
-
-        def make_room(waiting: Waiting) -> Room:
-            lack = lacks(waiting) if self.may_preempt_for_waiting() else None
-            return "none" if lack is None else self._make_room(waiting, lack, now, has_room=has_room, spill=spill)
-
         return self._queue.take_next(
             now,
             self._top(),
             has_room=has_room,
             is_deferred=is_deferred,
             is_within_quota=self._is_within_quota,
-            make_room=make_room,
+            make_room=lambda waiting: self._make_room(waiting, now, has_room, lacks, spill),
         )
 
     def may_preempt_for_waiting(self) -> bool:
@@ -339,13 +334,13 @@ class Scheduler:
     def _make_room(
         self,
         waiting: Waiting,
-        lack: Lack,
         now: float,
-        *,
         has_room: Callable[[Waiting], bool],
+        lacks: Callable[[Waiting], Lack | None],
         spill: Callable[[Sequence], None],
     ) -> Room:
-        victims = self._victims.for_waiting(waiting.priority, lack, top=self._top())
+        lack = lacks(waiting) if self.may_preempt_for_waiting() else None
+        victims = None if lack is None else self._victims.for_waiting(waiting.priority, lack, top=self._top())
         if victims is None:
             return "none"
         if self._is_any_releasing() or any(victim.pins for victim in victims):

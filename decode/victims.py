@@ -80,6 +80,9 @@ class Victims:
         """Who gives way, all of them, in the order of `likelihood`. None: even all who may would not be enough. Pinned
         ones are only among them where it does not go without."""
         may_go = [s for s in self._sequences.values() if self.may_give_way_to(priority, s, top)]
+        most = sum(len(sequence.block_table) for sequence in may_go)  # shared ones counted more than once
+        if most < lack.blocks(len(self._sequences) - len(may_go)):
+            return None  # before blocks are counted one by one: it is asked before every step
         may_go.sort(key=self.likelihood(top), reverse=True)
         loose = [sequence for sequence in may_go if sequence.pins == 0]
         found = self._enough(loose, lack)
@@ -89,8 +92,9 @@ class Victims:
         holders = Counter(block for sequence in self._sequences.values() for block in sequence.block_table)
         num_freed = 0
         for number, sequence in enumerate(may_go, 1):
-            holders.subtract(sequence.block_table)
-            num_freed += sum(not holders[block] and block not in lack.shared for block in sequence.block_table)
+            for block in sequence.block_table:
+                holders[block] -= 1
+                num_freed += not holders[block] and block not in lack.shared
             if num_freed >= lack.blocks(len(self._sequences) - number):
                 return may_go[:number]
         return None
