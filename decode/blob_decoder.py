@@ -19,6 +19,7 @@ from torch import Tensor
 from codec.chunk import inspect_blob, refine_chunk
 from codec.errors import CodecError, MalformedBlob
 from decode import fill_events as ev
+from prefill.quantized_pool import Recents
 from prefill.runtime import ModelRuntime
 
 log = logging.getLogger("kvstream.decode")
@@ -64,11 +65,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """pages: of a refinement that went well. error: why it could not be decoded, "" if it could. is_bad: the blob was
-    damaged. was_skipped: nobody wanted it any more."""
+    """pages: of a refinement that went well. recents: of a base chunk in quantized pages, see ModelRuntime. error: why
+    it could not be decoded, "" if it could. is_bad: the blob was damaged. was_skipped: nobody wanted it any more."""
 
     seconds: float
     pages: NewPages | None = None
+    recents: Recents | None = None
     error: str = ""
     is_bad: bool = False
     was_skipped: bool = False
@@ -118,17 +120,19 @@ class BlobDecoder:
         begin = time.monotonic()
         if not job.is_wanted():
             return Outcome(seconds=0.0, was_skipped=True)
-        pages: NewPages | None = None
         try:
-            pages = self._into_place(job, begin)
+            placed = self._into_place(job, begin)
         except CodecError as error:
             return Outcome(seconds=0.0, error=f"{type(error).__name__}: {error}", is_bad=True)
         except Exception as error:
             log.exception("chunk %d could not be decoded", job.command.chunk)
             return Outcome(seconds=0.0, error=f"{type(error).__name__}: {error}")
-        return Outcome(seconds=time.monotonic() - begin, pages=pages)
+        seconds = time.monotonic() - begin
+        if isinstance(placed, NewPages):
+            return Outcome(seconds=seconds, pages=placed)
+        return Outcome(seconds=seconds, recents=placed)
 
-    def _into_place(self, job: Job, begin: float) -> NewPages | None:
+    def _into_place(self, job: Job, begin: float) -> NewPages | Recents | None:
         command, size = job.command, job.stop - job.start
         blob = command.blob
         if isinstance(command, ev.Refine) and command.coarse is not None:
@@ -138,10 +142,9 @@ class BlobDecoder:
             found = f"{info.num_tokens} tokens at level {info.level!r}"
             raise MalformedBlob(f"expected {size} tokens at level {command.level!r}, found {found}")
         if isinstance(command, ev.Decode):
-            self._runtime.decode_into_pages(
+            return self._runtime.decode_into_pages(
                 blob, job.block_table, start=job.start, stop=job.stop, keep=job.cached_tokens
             )
-            return None
         k, v = self._runtime.decode(blob, start=job.start, stop=job.stop)
         kept = max(0, job.cached_tokens - job.start)
         return NewPages(

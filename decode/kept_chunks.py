@@ -11,7 +11,6 @@ from decode.tagged_pages import TaggedPages
 from prefill.chunks import num_loadable_chunks, tenant_of
 from prefill.kv_source import KVSource
 from prefill.prompt import FreshChunk
-from prefill.runtime import ModelRuntime
 
 LOOPBACK_BPS = 8e9  # what the way to the own store is taken for until it was measured
 
@@ -21,7 +20,6 @@ class KeptChunks:
 
     def __init__(
         self,
-        runtime: ModelRuntime,
         *,
         pages: TaggedPages,
         source: KVSource | None,
@@ -29,7 +27,7 @@ class KeptChunks:
         worker_id: str,
         public_key: str | None,
     ) -> None:
-        self._pool, self._pages, self._source = runtime.pool, pages, source
+        self._pages, self._source = pages, source
         self._chunk_tokens, self._worker_id, self._public_key = chunk_tokens, worker_id, public_key
 
     def own_source(self, state: ActiveRequest, num_tokens: int) -> list[Source]:
@@ -55,15 +53,16 @@ class KeptChunks:
             self.keep(state, chunk)
 
     def keep(self, state: ActiveRequest, chunk: int) -> None:
-        """Offer a chunk to the store, unless nobody may have it, or nobody could say how good it is."""
+        """Offer a chunk to the store, unless nobody may have it, or nobody could say how good it is. Of quantized pages
+        it is what they give back, and says so by its promise."""
         if self._source is None or state.pages is None or state.max_kl is None:
             return
-        size, blocks = self._chunk_tokens, state.pages.blocks
+        size = self._chunk_tokens
         start, stop = chunk * size, (chunk + 1) * size
-        key, kl = state.chain.chunk(size, chunk), self._pages.worst_kl(blocks, start, stop)
+        key, kl = state.chain.chunk(size, chunk), self._pages.worst_kl(state.pages, start, stop)
         if kl is None or not self._source.wants(key, kl):
             return
-        k, v = self._pool.read(blocks, start, stop)
+        k, v = self._pages.read(state.pages, start, stop)
         parent = state.chain.chunk(size, chunk - 1) if chunk else None
         tenant = tenant_of(state.request.cache_salt)
         self._source.offer(key, FreshChunk(k=k, v=v, start=start, kl=kl, tenant=tenant, parent=parent))

@@ -20,6 +20,7 @@ from decode.fill import FillMachine
 from decode.fill_loading import EngineLoad, FillSpec
 from decode.link_scheduler import Kind, LinkScheduler, LinkShare, priority
 from decode.transfer_events import fill_event
+from prefill.quantized_pool import Recents
 from prefill.runtime import ModelRuntime
 from transport import events as wire
 from transport.curve import CurveKeys
@@ -51,7 +52,9 @@ class PullOwner(Protocol):
     def fill_begins(self, fill: Fill) -> None: ...
     def engine_load(self, key: str) -> EngineLoad: ...
     def compute_chunk(self, key: str, chunk: int, start: int, stop: int) -> None: ...
-    def chunk_loaded(self, key: str, start: int, stop: int, level: str, base_kl: float) -> None: ...
+    def chunk_loaded(
+        self, key: str, start: int, stop: int, level: str, base_kl: float, recents: Recents | None
+    ) -> None: ...
     def fill_ready(self, key: str, now: float) -> None: ...
     def fill_failed(self, key: str, failure: ev.Fail) -> None: ...
     def put_pages(self, key: str, pages: NewPages) -> None: ...
@@ -242,7 +245,7 @@ class KVPuller:
         for source in fill.machine.sources:
             if not (source.is_open or source.is_opening):
                 self._close(fill, source.index, "the source was given up")
-            elif len(source.refused) == fill.machine.spec.num_chunks - fill.machine.spec.num_cached:
+            elif source.refused.issuperset(range(fill.machine.spec.num_cached, fill.machine.spec.num_chunks)):
                 # Withdrawn chunks do not stop a source that computes the prompt; the end of the transfer does.
                 self._close(fill, source.index, "it can give no chunk")
         if fill.machine.done and self._fills.get(fill.key) is fill:
@@ -353,6 +356,6 @@ class KVPuller:
                 self._owner.put_pages(fill.key, outcome.pages)
             else:
                 start = max(job.start, job.cached_tokens)
-                self._owner.chunk_loaded(fill.key, start, job.stop, command.level, job.base_kl)
+                self._owner.chunk_loaded(fill.key, start, job.stop, command.level, job.base_kl, outcome.recents)
                 self._feed(fill, ev.BlobDecoded(chunk=command.chunk, seconds=outcome.seconds), now)
             self._owner.unpin(fill.key)
