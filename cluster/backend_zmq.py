@@ -104,12 +104,14 @@ class ClusterBackend:
         )
 
     async def metrics_text(self) -> str:
-        """The workers' counters and gauges as last reported, labelled by worker."""
-        lines = [
-            f'kvstream_{name}{{worker="{info.id}",role="{info.role}"}} {_exactly(value)}'
-            for info in self.table
-            for name, value in info.stats.items()
-        ]
+        """The workers' counters and gauges as last reported, labelled by worker. One that is reported as
+        NAME;LABEL=VALUE has that label too."""
+        lines = []
+        for info in self.table:
+            for stat, value in info.stats.items():
+                name, *labels = stat.split(";")
+                more = "".join(f',{label}="{text}"' for label, text in (item.split("=") for item in labels))
+                lines.append(f'kvstream_{name}{{worker="{info.id}",role="{info.role}"{more}}} {_exactly(value)}')
         return "\n".join(sorted(lines)) + "\n" if lines else ""
 
     async def health(self) -> dict[str, Any]:

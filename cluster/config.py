@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
-from cluster.policy import load_policy, policy_from, why_unservable
+from cluster.policy import load_policy, policy_from, why_not_in_pages, why_unservable
 from cluster.policy_schema import (
     JSON_SCHEMA,
     KNOWN_LEVELS,
@@ -20,6 +20,8 @@ from cluster.policy_schema import (
 from cluster.yaml_file import ConfigError, YamlDocument, check, read_yaml
 from decode.slo import SLOPolicy
 
+# That of prefill/quantized_layout.py, which loads torch: mistakes in a file are told at once.
+QUANTIZED_BLOCK_TOKENS = 32
 BUNDLED_MODEL = Path(__file__).resolve().parent.parent / "model"
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -146,10 +148,23 @@ class ServeFile(BaseModel):
     kv_blocks: int | None = Field(
         default=None,
         ge=1,
-        description="A worker's paged pool in blocks of 16 tokens. Default: eight full contexts. Not with kv_memory.",
+        description="A worker's paged pool in blocks of 16 tokens, 32 where they are quantized. Default: eight full "
+        "contexts. Not with kv_memory.",
     )
     kv_memory: Bytes | None = Field(
         default=None, description="A worker's paged pool in bytes, such as 1GiB. Not with kv_blocks."
+    )
+    kv_cache_dtype: Literal["auto", "int8", "int4", "fp8"] = Field(
+        default="auto",
+        description="What the pages of decode workers hold. auto: the model's dtype. int8, int4, fp8: fewer bits, so "
+        "that two to three times the tokens fit; KV is then never exact (docs/quantized-pages.md).",
+    )
+    max_num_seqs: int | None = Field(
+        default=None,
+        ge=1,
+        le=256,
+        description="Requests that a decode worker serves at once; with quantized pages each takes the memory of 64 "
+        "tokens in the model's dtype. Default: 256, or 64 with quantized pages.",
     )
     prefill_decodes: bool = Field(
         default=True,
@@ -319,5 +334,13 @@ def _contradictions(document: YamlDocument, config: ServeFile) -> list[str]:
         if given is not None and not config.prefix_caching:
             at = document.at(("link", "decode", i, given))
             problems.append(f"{at}: `{given}` is for chunks that are kept, and `prefix_caching: false` keeps none")
+    if config.kv_cache_dtype != "auto" and config.chunk_tokens % QUANTIZED_BLOCK_TOKENS:
+        at, least = document.at(("chunk_tokens",)), -(-config.chunk_tokens // QUANTIZED_BLOCK_TOKENS)
+        problems.append(
+            f"{at}: `chunk_tokens: {config.chunk_tokens}` is no multiple of {QUANTIZED_BLOCK_TOKENS}, the tokens of a "
+            f"block of {config.kv_cache_dtype} pages: write {least * QUANTIZED_BLOCK_TOKENS}"
+        )
     reasons = why_unservable(config.policy, levels=config.policy.levels, num_prefill=config.num_prefill)
-    return problems + [f"{document.at(('num_prefill',))}: {reason}" for reason in reasons]
+    problems += [f"{document.at(('num_prefill',))}: {reason}" for reason in reasons]
+    reasons = why_not_in_pages(config.policy, config.kv_cache_dtype)
+    return problems + [f"{document.at(('kv_cache_dtype',))}: {reason}" for reason in reasons]

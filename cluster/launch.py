@@ -26,7 +26,7 @@ from rich.console import Console
 from cluster.actors import CONTROLLER, Controller, GatewayActor, WorkerActor
 from cluster.config import DecodeLink, ServeConfig, StartRefused, WorkerLink
 from cluster.membership import Role, WorkerInfo, host_id
-from cluster.policy import why_unservable
+from cluster.policy import why_not_in_pages, why_unservable
 from cluster.policy_reload import PolicyKeeper
 from decode.slo import SLOPolicy
 from prefill.runtime import limit_threads
@@ -125,7 +125,8 @@ def policy_keeper(config: ServeConfig, cluster: RunningCluster, *, say: Callable
             say(f"{worker_id} has not taken policy {number} yet: {_cause(error)}")
 
     def why_not(policy: SLOPolicy) -> list[str]:
-        return why_unservable(policy, levels=cluster.levels, num_prefill=config.num_prefill)
+        reasons = why_unservable(policy, levels=cluster.levels, num_prefill=config.num_prefill)
+        return reasons + why_not_in_pages(policy, config.kv_cache_dtype)
 
     return PolicyKeeper(config.policy_file, config.policy, why_not=why_not, say=say, table=table, tell=tell)
 
@@ -194,18 +195,19 @@ def _start(config: ServeConfig) -> RunningCluster:
                 "policy": config.policy,
                 "chunk_tokens": config.chunk_tokens,
                 "prefix_caching": config.prefix_caching,
+                **({} if config.max_num_seqs is None else {"max_sequences": config.max_num_seqs}),
             }
             companion = None
             if role == "decode":
                 worker |= {**decoding, "kv_bind": _bind(WorkerLink(bind=link.kv_bind), is_local)}
-            elif config.prefill_decodes and link.advertise is None:  # nobody says where others would reach it
+            elif _has_companion(config, link):
                 companion = {**worker, **decoding, "bind": _bind(WorkerLink(), is_local)}
             workers[worker_id] = actor.options(
                 num_cpus=0, num_gpus=gpus, resources={role: 1}, max_restarts=-1, runtime_env=environment
             ).remote(
                 role=role,
                 worker_id=worker_id,
-                runtime=runtime,
+                runtime=runtime if role == "prefill" else {**runtime, **_pages(config)},
                 worker=worker,
                 store=_store(config, worker_id) if role == "prefill" or config.prefix_caching else None,
                 advertise=link.advertise,
@@ -305,6 +307,17 @@ def _link(config: ServeConfig, role: Role | str, number: int) -> Any:
     """WorkerLink or, of a decode worker, DecodeLink."""
     links = getattr(config.link, role)
     return links[number] if number < len(links) else DecodeLink() if role == "decode" else WorkerLink()
+
+
+def _has_companion(config: ServeConfig, link: WorkerLink) -> bool:
+    """Whether a prefill worker decodes too. Not where nobody says how others would reach it; nor beside quantized
+    pages, for its own are exact: what is refused, and what an answer is, would depend on the worker."""
+    return config.prefill_decodes and link.advertise is None and config.kv_cache_dtype == "auto"
+
+
+def _pages(config: ServeConfig) -> dict[str, Any]:
+    """Those of decode workers. Prefill workers' are exact: what they send is encoded from them."""
+    return {"kv_cache_dtype": config.kv_cache_dtype, "max_sequences": config.max_num_seqs}
 
 
 def _store(config: ServeConfig, worker_id: str) -> dict[str, Any]:

@@ -79,6 +79,21 @@ def why_unservable(policy: SLOPolicy, *, levels: Sequence[str], num_prefill: int
     return reasons
 
 
+def why_not_in_pages(policy: SLOPolicy, kv_cache_dtype: str) -> list[str]:
+    """What stands between a policy and quantized pages: a floor that asks for exact KV, which no such page has."""
+    if kv_cache_dtype == "auto":
+        return []
+    reasons: list[str] = []
+    for name in ("", *policy.tenants):
+        floor, whose = policy.for_tenant(name).floor, f" of tenant `{name}`" if name else ""
+        if floor in EXACT_LEVELS:
+            reasons.append(
+                f"the policy's floor{whose} is `{floor}`, and {kv_cache_dtype} pages lose a little of whatever comes: "
+                "name a lossy floor, or write `kv_cache_dtype: auto`"
+            )
+    return reasons
+
+
 def _given(keys: TenantKeys, share: TenantShare) -> dict[str, Any]:
     """The keys that are given, as fields of SLOPolicy. share: what a part of one is added to."""
     fields: dict[str, Any] = {}

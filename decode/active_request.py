@@ -9,6 +9,7 @@ from typing import Any
 
 from decode.blob_decoder import NewPages
 from decode.fill_chunks import CACHED
+from decode.page_rings import SavedPages
 from decode.puller import Fill, Source
 from decode.receipt import Timeline, build_receipt
 from decode.requests import GenerationRequest
@@ -30,7 +31,7 @@ class ActiveRequest:
     cached_kl: the worst promise of the KV that was there then; first_kl: that of all pages when the first token was
     computed. first_fill, first_sources: those of the first token. sampling: what it needs from token to token. front: a
     part of a stored chunk that is to be loaded, or was. is_answering: all that was to be filled is, and more is
-    computed token by token."""
+    computed token by token. saved: its quantized pages, while it is preempted."""
 
     request: GenerationRequest
     policy: SLOPolicy
@@ -52,6 +53,7 @@ class ActiveRequest:
     num_preempted: int = 0
     front: StoredFront | None = None
     is_answering: bool = False
+    saved: SavedPages | None = None
 
     @property
     def max_total_tokens(self) -> int:
@@ -95,7 +97,12 @@ class ActiveRequest:
             promised_kl={**promised_kl, CACHED: self.cached_kl},
             ended_at=now,
         )
-        return {**receipt, "quality": self._page_quality(sequence, pages), "preemptions": self.num_preempted}
+        return {
+            **receipt,
+            "kv_cache_dtype": pages.kv_cache_dtype,
+            "quality": self._page_quality(sequence, pages),
+            "preemptions": self.num_preempted,
+        }
 
     def _page_quality(self, sequence: Sequence, pages: TaggedPages) -> dict[str, float | None] | None:
         """Worst promised loss, nats a token, None where nothing is promised: of the chunks' pages at the first token
@@ -103,7 +110,8 @@ class ActiveRequest:
         what they were computed on. None as a whole if there was no token."""
         if sequence.phase is not Phase.RUNNING:
             return None
-        table, num_loaded = sequence.block_table, self.loaded_tokens
+        table, num_loaded = self.pages, self.loaded_tokens
+        assert table is not None
         num_written = sequence.num_tokens - 1  # the last token's KV is never needed
         return {
             "at_first_token": self.first_kl,

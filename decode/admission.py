@@ -19,7 +19,7 @@ AUTO, TEXT_ONLY = "auto", "text"
 class WorkerLimits:
     """What one worker can hold. chunk_bytes: predicted bytes of one encoded chunk by level, for all known levels, best
     first; nested: those of them that refine one another; exact: those that lose nothing. windows: of the layers, where
-    only what they see is to be loaded; empty: all is."""
+    only what they see is to be loaded; empty: all is. quantized_pages: their kind, None where pages are exact."""
 
     max_context: int
     vocab_size: int
@@ -30,6 +30,7 @@ class WorkerLimits:
     nested: frozenset[str] = frozenset()
     exact: frozenset[str] = frozenset()
     windows: tuple[int | None, ...] = ()
+    quantized_pages: str | None = None
 
 
 def check_request(request: GenerationRequest, limits: WorkerLimits) -> None:
@@ -61,6 +62,14 @@ def check_request(request: GenerationRequest, limits: WorkerLimits) -> None:
     ):
         if value is not None and value not in known:
             raise RequestRefused(f"Unknown level {value!r}; known are {', '.join(known)}.", param=name)
+    for name, value in (("kv.mode", request.kv_mode), ("kv.floor", request.floor)):
+        if limits.quantized_pages is not None and value in limits.exact:
+            raise RequestRefused(
+                f"{value!r} was asked for, and this server keeps KV in {limits.quantized_pages} pages, which lose a "
+                "little: ask for a lossy level, or serve with kv_cache_dtype: auto.",
+                code="kv_pages_quantized",
+                param=name,
+            )
     if request.kv_mode in levels and request.kv_mode not in _at_least(request.floor, levels):
         raise RequestRefused(
             f"Level {request.kv_mode!r} was asked for, and the floor {request.floor!r} forbids it: leave out one.",
@@ -115,7 +124,8 @@ def fill_orders(
         infeasible=policy.infeasible,
         windows=limits.windows,
     )
-    if request.plan is not None and not request.sampling.needs_whole_prompt:
+    # What a plan brought stands in the pages already when its request is back from having given way.
+    if request.plan is not None and not request.sampling.needs_whole_prompt and not cached_tokens:
         return _given_orders(orders, request, policy, known)
     if request.kv_mode == TEXT_ONLY or request.sampling.needs_whole_prompt:
         return replace(orders, may_load=False)

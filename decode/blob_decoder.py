@@ -22,6 +22,7 @@ from codec.errors import CodecError, MalformedBlob
 from decode import fill_events as ev
 from decode.stored_front import StoredFront
 from decode.window_chunks import Layers
+from prefill.quantized_pool import Recents
 from prefill.runtime import ModelRuntime
 
 log = logging.getLogger("kvstream.decode")
@@ -68,11 +69,12 @@ class Job:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outcome:
-    """pages: of a refinement that went well. error: why it could not be decoded, "" if it could. is_bad: the blob was
-    damaged. was_skipped: nobody wanted it any more."""
+    """pages: of a refinement that went well. recents: of a base chunk in quantized pages, see ModelRuntime. error: why
+    it could not be decoded, "" if it could. is_bad: the blob was damaged. was_skipped: nobody wanted it any more."""
 
     seconds: float
     pages: NewPages | None = None
+    recents: Recents | None = None
     error: str = ""
     is_bad: bool = False
     was_skipped: bool = False
@@ -122,20 +124,22 @@ class BlobDecoder:
         begin = time.monotonic()
         if not job.is_wanted():
             return Outcome(seconds=0.0, was_skipped=True)
-        pages: NewPages | None = None
         try:
             if job.front is not None:
                 is_there = job.front.into_pages(self._runtime, job.block_table, keep=job.cached_tokens)
                 return Outcome(seconds=time.monotonic() - begin, error="" if is_there else "it is not there any more")
-            pages = self._into_place(job, begin)
+            placed = self._into_place(job, begin)
         except CodecError as error:
             return Outcome(seconds=0.0, error=f"{type(error).__name__}: {error}", is_bad=True)
         except Exception as error:
             log.exception("tokens %d to %d could not be decoded", job.start, job.stop)
             return Outcome(seconds=0.0, error=f"{type(error).__name__}: {error}")
-        return Outcome(seconds=time.monotonic() - begin, pages=pages)
+        seconds = time.monotonic() - begin
+        if isinstance(placed, NewPages):
+            return Outcome(seconds=seconds, pages=placed)
+        return Outcome(seconds=seconds, recents=placed)
 
-    def _into_place(self, job: Job, begin: float) -> NewPages | None:
+    def _into_place(self, job: Job, begin: float) -> NewPages | Recents | None:
         command, size = job.command, job.stop - job.start
         assert not isinstance(command, ev.LoadFront)
         blob = command.blob
@@ -148,8 +152,7 @@ class BlobDecoder:
                 found = f"{info.num_tokens} tokens at level {info.level!r}"
                 raise MalformedBlob(f"expected {size} tokens at level {command.level!r}, found {found}")
         if isinstance(command, ev.Decode):
-            self._into_pages(blob, job, command.layers)
-            return None
+            return self._into_pages(blob, job, command.layers)
         if command.layers is None:
             k, v = self._runtime.decode(blob, start=job.start, stop=job.stop)
         else:
@@ -167,9 +170,9 @@ class BlobDecoder:
             seconds=time.monotonic() - begin,
         )
 
-    def _into_pages(self, blob: Any, job: Job, layers: Layers) -> None:
+    def _into_pages(self, blob: Any, job: Job, layers: Layers) -> Recents | None:
         table, start, stop, keep = job.block_table, job.start, job.stop, job.cached_tokens
         if layers is None:
-            self._runtime.decode_into_pages(blob, table, start=start, stop=stop, keep=keep)
-        else:
-            self._runtime.decode_layers_into_pages(blob, layers, table, start=start, stop=stop, keep=keep)
+            return self._runtime.decode_into_pages(blob, table, start=start, stop=stop, keep=keep)
+        self._runtime.decode_layers_into_pages(blob, layers, table, start=start, stop=stop, keep=keep)
+        return None

@@ -22,7 +22,7 @@ from decode.sampling import Drawn
 from decode.scheduler import Phase, Row, Scheduler, Sequence
 from decode.step_outcome import Outcome, outcomes, scores_prompt
 from decode.step_times import StepTimes
-from decode.tagged_pages import TaggedPages
+from decode.tagged_pages import PageTable, TaggedPages
 from prefill.engine import SequenceSlice
 from prefill.runtime import ModelRuntime
 
@@ -128,6 +128,7 @@ class EngineLoop:
                 if rows:
                     for row in rows:
                         row.sequence.pins += 1
+                        self._pages.continue_at(self._pages_of(row), row.start)
                     return rows
                 if not is_more:
                     self._lock.wait(timeout=1.0)
@@ -154,7 +155,8 @@ class EngineLoop:
                     break
                 else:
                     num_bytes += pages.num_bytes
-                    self._pages.refine(sequence.block_table, pages.start, pages.k, pages.v, pages.level, pages.base_kl)
+                    assert state.pages is not None
+                    self._pages.refine(state.pages, pages.start, pages.k, pages.v, pages.level, pages.base_kl)
                     self._owner.pages_refined(key, pages, len(sequence.output), time.monotonic())
             if state.fill is not None:
                 sequence.is_held = not state.fill.machine.may_step(len(sequence.output))
@@ -191,6 +193,7 @@ class EngineLoop:
                         token_ids=row.token_ids(),
                         start=row.start,
                         block_table=row.sequence.block_table,
+                        ring=row.sequence.ring,
                         need_logits=row.sample,
                         all_logits=scored,
                     )
@@ -231,14 +234,18 @@ class EngineLoop:
             sequence.pins -= 1
             self._owner.unpinned(sequence)
 
+    def _pages_of(self, row: Row) -> PageTable:
+        pages = self._requests[row.sequence.key].pages
+        assert pages is not None
+        return pages
+
     def _advance(self, row: Row, outcome: Outcome, now: float) -> None:
         sequence = row.sequence
         if outcome.prompt_logprobs:
             self._owner.prompt_scored(sequence, row.start + 1, outcome.prompt_logprobs)
-        self._pages.computed(sequence.block_table, row.start, row.stop)
-        state = self._requests[sequence.key]
-        assert state.pages is not None
-        self._pages.share(state.pages, row.stop)
+        pages = self._pages_of(row)
+        self._pages.computed(pages, row.start, row.stop)
+        self._pages.share(pages, row.stop)
         if sequence.phase is not Phase.FILLING:  # those tell of their chunks
             self._owner.kv_written(sequence.key, row.start, row.stop)
         if sequence.phase is not Phase.RUNNING:

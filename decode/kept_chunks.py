@@ -14,7 +14,6 @@ from prefill.chunks import LINK_TOKENS, num_loadable_chunks, tenant_of
 from prefill.front_index import MIN_FRONT_TOKENS
 from prefill.kv_source import KVSource
 from prefill.prompt import FreshChunk
-from prefill.runtime import ModelRuntime
 from transport.local_transfers import LOCAL_BPS
 
 
@@ -23,7 +22,6 @@ class KeptChunks:
 
     def __init__(
         self,
-        runtime: ModelRuntime,
         *,
         pages: TaggedPages,
         source: KVSource | None,
@@ -31,7 +29,7 @@ class KeptChunks:
         worker_id: str,
         public_key: str | None,
     ) -> None:
-        self._pool, self._pages, self._source = runtime.pool, pages, source
+        self._pages, self._source = pages, source
         self._chunk_tokens, self._worker_id, self._public_key = chunk_tokens, worker_id, public_key
 
     def own_source(self, state: ActiveRequest, num_tokens: int) -> list[Source]:
@@ -53,8 +51,9 @@ class KeptChunks:
         ]
 
     def front_of(self, state: ActiveRequest) -> StoredFront | None:
-        """The front of the chunk in which what has to be filled leaves what is stored here; None if there is none."""
-        if self._source is None or state.max_kl is None or state.pages is None:
+        """The front of the chunk in which what has to be filled leaves what is stored here; None if there is none.
+        Quantized pages take whole chunks only."""
+        if self._source is None or state.max_kl is None or state.pages is None or self._pages.is_quantized:
             return None
         size, cached, store = self._chunk_tokens, state.pages.cached_tokens, self._source.store
         usable = (state.fill_tokens - 1) // LINK_TOKENS * LINK_TOKENS  # the last token is always computed
@@ -78,30 +77,31 @@ class KeptChunks:
             self.keep(state, chunk)
 
     def keep(self, state: ActiveRequest, chunk: int) -> None:
-        """Offer a chunk to the store, unless nobody may have it, or nobody could say how good it is."""
+        """Offer a chunk to the store, unless nobody may have it, or nobody could say how good it is. Of quantized pages
+        it is what they give back, and says so by its promise."""
         self._keep(state, chunk * self._chunk_tokens, (chunk + 1) * self._chunk_tokens)
 
     def keep_tail(self, state: ActiveRequest, num_tokens: int) -> None:
         """The same of the last chunk of the first `num_tokens` tokens, whose KV is in place, if that is not whole."""
         start = num_tokens // self._chunk_tokens * self._chunk_tokens
         stop = num_tokens // LINK_TOKENS * LINK_TOKENS
-        if stop - start >= MIN_FRONT_TOKENS:
+        if stop - start >= MIN_FRONT_TOKENS and not self._pages.is_quantized:
             self._keep(state, start, stop)
 
     def _keep(self, state: ActiveRequest, start: int, stop: int) -> None:
         if self._source is None or state.pages is None or state.max_kl is None:
             return
-        size, blocks, chain = self._chunk_tokens, state.pages.blocks, state.chain
+        size, pages, chain = self._chunk_tokens, state.pages, state.chain
         is_tail = stop - start < size
-        key, kl = chain.key_of(start, stop), self._pages.worst_kl(blocks, start, stop)
-        if kl is None or not self._source.wants(key, kl) or not self._pages.is_whole(blocks, start, stop):
+        key, kl = chain.key_of(start, stop), self._pages.worst_kl(pages, start, stop)
+        if kl is None or not self._source.wants(key, kl) or not self._pages.is_whole(pages, start, stop):
             return
         links = chain.links(start, stop)
         if is_tail:
             known = self._source.store.longest_front(links, kl)
             if known is not None and known.num_tokens == stop - start:
                 return  # it stands in a longer entry
-        k, v = self._pool.read(blocks, start, stop)
+        k, v = self._pages.read(pages, start, stop)
         parent = chain.key_of(start - size, start) if start else None
         tenant = tenant_of(state.request.cache_salt)
         fresh = FreshChunk(k=k, v=v, start=start, kl=kl, tenant=tenant, parent=parent, links=links, is_tail=is_tail)

@@ -14,6 +14,7 @@ from decode.scheduler import Lack, Phase, Scheduler, SchedulingPolicy, Sequence,
 from decode.scheduling_policy import MAX_SEQUENCES
 from decode.tagged_pages import PageTable, TaggedPages
 from prefill.block_pool import PoolExhausted
+from prefill.quantized_rings import RingsExhausted
 
 
 class HolderOwner(Protocol):
@@ -34,7 +35,9 @@ class PageHolders:
         scheduler: Scheduler,
         pages: TaggedPages,
         requests: Mapping[str, ActiveRequest],
+        max_sequences: int = MAX_SEQUENCES,
     ) -> None:
+        self._max_sequences = min(max_sequences, MAX_SEQUENCES)
         self._owner, self._scheduler, self._pages, self._requests = owner, scheduler, pages, requests
         self._ended: dict[str, tuple[Sequence, PageTable]] = {}  # but somebody still uses their pages
         self._being_filled: dict[bytes, str] = {}  # blocks by key: the request that others wait for to have them
@@ -87,6 +90,8 @@ class PageHolders:
     def _can_join(self, waiting: Waiting) -> bool:
         """Whether what it needs first is on its way into the pages for another request, in a quality that will do."""
         state = self._requests[waiting.key]
+        if state.saved is not None:
+            return False
         missing = self._pages.first_missing(state.chain, _num_to_fill(state, waiting), state.max_kl)
         other = self._being_filled.get(missing) if missing is not None else None
         if other is None:
@@ -95,28 +100,36 @@ class PageHolders:
         return theirs is not None and ours is not None and theirs <= ours
 
     def _take_pages(self, waiting: Waiting) -> bool:
-        if len(self._scheduler) >= MAX_SEQUENCES:
+        if len(self._scheduler) >= self._max_sequences:
             return False
         state = self._requests[waiting.key]
         num_to_fill = _num_to_fill(state, waiting)
         try:
-            state.pages = self._pages.begin(state.chain, num_to_fill, waiting.num_tokens, state.max_kl, self._now)
-        except PoolExhausted:
+            state.pages = self._begin_pages(state, num_to_fill, waiting.num_tokens)
+        except (PoolExhausted, RingsExhausted):
             return False
         if not self._pages.can_grow_by(SchedulingPolicy.spare_blocks(len(self._scheduler))):
             self._pages.release(state.pages, self._now)
             state.pages = None
             return False
+        if state.saved is not None:
+            self._pages.restore(state.pages, state.saved)
+            state.saved = None
         state.fill_tokens = num_to_fill
         return True
 
+    def _begin_pages(self, state: ActiveRequest, num_to_fill: int, num_tokens: int) -> PageTable:
+        if state.saved is not None:
+            return self._pages.begin_again(state.saved, state.chain, num_tokens, state.max_kl, self._now)
+        return self._pages.begin(state.chain, num_to_fill, num_tokens, state.max_kl, self._now)
+
     def _lacks(self, waiting: Waiting) -> Lack | None:
         """Of pages, if those are what it waits for."""
-        if len(self._scheduler) >= MAX_SEQUENCES:
+        if len(self._scheduler) >= self._max_sequences or not self._pages.has_ring:
             return None
         state = self._requests[waiting.key]
         num_lacking, found = self._pages.lacking(
-            state.chain, _num_to_fill(state, waiting), waiting.num_tokens, state.max_kl
+            state.chain, _num_to_fill(state, waiting), waiting.num_tokens, None if state.saved else state.max_kl
         )
         return Lack(blocks=lambda num_left: num_lacking + SchedulingPolicy.spare_blocks(num_left), shared=found)
 
@@ -130,7 +143,7 @@ class PageHolders:
         assert state.pages is not None
         self._admissions.admitted(now - waiting.since, now)
         sequence = self._owner.admitted(key, waiting.sequence, waiting.arrival, now)
-        sequence.block_table = state.pages.blocks
+        sequence.block_table, sequence.ring = state.pages.blocks, state.pages.ring
         self._scheduler.add(sequence, waiting)
         if state.pages.max_kl is not None:
             for block in self._pages.to_fill(state.pages, state.fill_tokens):
@@ -155,19 +168,25 @@ class PageHolders:
 
     def spill(self, sequence: Sequence, now: float) -> None:
         """It was preempted: its pages are given back. They can be had again from the pages themselves, until somebody
-        else needs them, and from the store, after that."""
+        else needs them, and from the store, after that. Of quantized pages neither gives the same bits: those are
+        saved."""
         assert sequence.pins == 0 and sequence.phase is Phase.PREEMPTED
         state = self._requests[sequence.key]
         self._owner.gives_up(sequence)
         self.filled(sequence.key)
-        assert state.pages is not None
+        assert state.pages is not None and state.saved is None
+        if sequence.output:
+            state.saved = self._pages.save(state.pages, sequence.num_tokens - 1)  # the last one's KV is not there yet
         self._pages.release(state.pages, now)
-        state.pages, sequence.block_table = None, []
+        state.pages, sequence.block_table, sequence.ring = None, [], None
 
     def ended(self, key: str, now: float) -> None:
         """It holds pages only as long as somebody still uses them."""
         self.filled(key)
         sequence, state = self._scheduler.remove(key), self._requests[key]
+        if state.saved is not None:
+            self._pages.forget(state.saved)
+            state.saved = None
         if sequence is not None and state.pages is not None:
             sequence.work = None
             self._ended[key] = sequence, state.pages
@@ -192,8 +211,10 @@ class PageHolders:
     def check_integrity(self) -> None:
         self._scheduler.check_integrity()
         admitted = self._scheduler.all()
+        tables = [self._requests[sequence.key].pages for sequence in admitted] + [t for _, t in self._ended.values()]
         held = [*admitted, *(sequence for sequence, _ in self._ended.values())]
-        self._pages.check_integrity(sequence.block_table for sequence in held)
+        assert all(s.block_table is t.blocks and s.ring == t.ring for s, t in zip(held, tables, strict=True) if t)
+        self._pages.check_integrity(table for table in tables if table is not None)
         filling = {sequence.key for sequence in admitted if sequence.phase is not Phase.RUNNING}
         assert set(self._being_filled.values()) <= filling, "a block is waited for that nobody fills"
         waiting = {waiting.key for waiting in self._scheduler.waiting()}

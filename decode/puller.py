@@ -22,6 +22,7 @@ from decode.link_scheduler import Kind, LinkScheduler, LinkShare, priority
 from decode.stored_front import StoredFront
 from decode.transfer_events import fill_event
 from decode.window_chunks import Layers
+from prefill.quantized_pool import Recents
 from prefill.runtime import ModelRuntime
 from prefill.store import MASTER_LEVEL
 from transport import events as wire
@@ -56,7 +57,17 @@ class PullOwner(Protocol):
     def fill_begins(self, fill: Fill) -> None: ...
     def engine_load(self, key: str) -> EngineLoad: ...
     def compute_chunk(self, key: str, chunk: int, start: int, stop: int) -> None: ...
-    def chunk_loaded(self, key: str, start: int, stop: int, level: str, base_kl: float, *, layers: Layers) -> None: ...
+    def chunk_loaded(
+        self,
+        key: str,
+        start: int,
+        stop: int,
+        level: str,
+        base_kl: float,
+        *,
+        layers: Layers = None,
+        recents: Recents | None = None,
+    ) -> None: ...
     def chunk_discarded(self, key: str, start: int, stop: int) -> None: ...
     def fill_ready(self, key: str, now: float) -> None: ...
     def fill_failed(self, key: str, failure: ev.Fail) -> None: ...
@@ -265,7 +276,7 @@ class KVPuller:
         for source in fill.machine.sources:
             if not (source.is_open or source.is_opening):
                 self._close(fill, source.index, "the source was given up")
-            elif len(source.refused) == fill.machine.spec.num_chunks - fill.machine.spec.num_cached:
+            elif source.refused.issuperset(range(fill.machine.spec.num_cached, fill.machine.spec.num_chunks)):
                 # Withdrawn chunks do not stop a source that computes the prompt; the end of the transfer does.
                 self._close(fill, source.index, "it can give no chunk")
             elif fill.sources[source.index].is_own and (own := self._own()) is not None:
@@ -402,7 +413,15 @@ class KVPuller:
                 self._owner.put_pages(fill.key, outcome.pages)
             else:
                 start = max(job.start, job.cached_tokens)
-                self._owner.chunk_loaded(fill.key, start, job.stop, command.level, job.base_kl, layers=command.layers)
+                self._owner.chunk_loaded(
+                    fill.key,
+                    start,
+                    job.stop,
+                    command.level,
+                    job.base_kl,
+                    layers=command.layers,
+                    recents=outcome.recents,
+                )
                 self._feed(fill, ev.BlobDecoded(chunk=command.chunk, seconds=outcome.seconds), now)
             self._owner.unpin(fill.key)
 

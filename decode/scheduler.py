@@ -33,16 +33,28 @@ class Scheduler:
     """Holds the requests of one worker. The caller tells it what happened and carries out what it plans.
 
     num_blocks: of the worker's pool, which shares are shares of; 0 if it is not known, then no share may have one.
+    blocks_for: how many blocks so many tokens of a sequence need; default: one for every `block_tokens`.
     """
 
-    def __init__(self, policy: SchedulingPolicy | None = None, *, num_blocks: int = 0, block_tokens: int = 16) -> None:
+    def __init__(
+        self,
+        policy: SchedulingPolicy | None = None,
+        *,
+        num_blocks: int = 0,
+        block_tokens: int = 16,
+        blocks_for: Callable[[int], int] | None = None,
+    ) -> None:
         self._policy = policy or SchedulingPolicy()
         self._num_blocks = num_blocks
         self._fair = FairShare({}, default=TenantShare())
         self._queue = WaitingQueue(self._policy, self._fair)
         self._sequences: dict[str, Sequence] = {}  # admitted
         self._victims = Victims(
-            self._sequences, self._policy, self._fair, num_blocks=num_blocks, block_tokens=block_tokens
+            self._sequences,
+            self._policy,
+            self._fair,
+            num_blocks=num_blocks,
+            blocks_for=blocks_for or (lambda num_tokens: -(-num_tokens // block_tokens)),
         )
         self._step = 0
         self.num_preemptions = 0  # so far

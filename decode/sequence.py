@@ -23,7 +23,7 @@ class Sequence:
     arrival: its place in the order of arrivals; no two are equal. priority: lower is sooner. waited_s: how long it
     waited to be admitted, all times together. protected_until: it is no victim before it has so many output tokens.
     num_charged: of its output tokens, those that its tenant's service counts already. last_step: the last step that it
-    had a row in.
+    had a row in. ring: of its recent tokens, where pages are quantized.
     """
 
     key: str
@@ -44,6 +44,7 @@ class Sequence:
     protected_until: int = 0
     num_charged: int = 0
     last_step: int = 0
+    ring: int | None = None
 
     @property
     def tenant(self) -> str:

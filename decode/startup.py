@@ -13,23 +13,27 @@ from prefill.block_pool import blocks_for
 from prefill.chunks import MAX_NAMED_LAYERS
 from prefill.engine import SequenceSlice
 from prefill.kv_layout import KVLayout
-from prefill.runtime import BLOCK_TOKENS, ModelRuntime
+from prefill.quantized_pool import QuantizedKVPool
+from prefill.runtime import ModelRuntime
 
 MEASURED_ROWS = 15  # that a decode step has besides one
 
 
 def worker_limits(runtime: ModelRuntime, chunk_tokens: int) -> WorkerLimits:
     """What this worker can hold and knows."""
+    pool = runtime.pool
+    is_quantized = isinstance(pool, QuantizedKVPool)
     return WorkerLimits(
         max_context=runtime.model.max_context,
         vocab_size=runtime.model.vocab_size,
-        max_blocks=runtime.pool.num_blocks,
-        block_tokens=BLOCK_TOKENS,
+        max_blocks=pool.num_blocks,
+        block_tokens=pool.block_tokens,
+        quantized_pages=pool.kind if is_quantized else None,
         chunk_tokens=chunk_tokens,
         chunk_bytes=predicted_chunk_bytes(runtime, chunk_tokens),
         nested=nested_levels(runtime.profile),
         exact=exact_levels(runtime.profile),
-        windows=loaded_windows(runtime.model.layout),
+        windows=() if is_quantized else loaded_windows(runtime.model.layout),
     )
 
 
@@ -63,7 +67,7 @@ def promised_kl(profile: Profile) -> dict[str, float | None]:
 def measure_compute(runtime: ModelRuntime, chunk_tokens: int) -> ComputeEstimator:
     """Timed slices at start-up: a chunk and a few tokens, at the beginning and far into the context, as far as the
     pages reach."""
-    room = min(runtime.model.max_context, runtime.pool.num_blocks * BLOCK_TOKENS)
+    room = min(runtime.model.max_context, runtime.pool.num_blocks * runtime.pool.block_tokens)
     tokens = min(chunk_tokens, room // 2)
     far = max(tokens, room // 2 - tokens)
     few = max(1, tokens // 16)
@@ -79,35 +83,50 @@ def measure_compute(runtime: ModelRuntime, chunk_tokens: int) -> ComputeEstimato
 
 def measure_steps(runtime: ModelRuntime, context: int) -> StepTimes:
     """Decode steps of one row and of several, after `context` tokens or as many as the pages hold."""
-    context = min(context, runtime.model.max_context, runtime.pool.num_blocks * BLOCK_TOKENS)
-    table = runtime.allocator.allocate(blocks_for(context, BLOCK_TOKENS))
-    row = SequenceSlice(token_ids=[0], start=context - 1, block_table=table, need_logits=True)
+    pool = runtime.pool
+    context = min(context, runtime.model.max_context, pool.num_blocks * pool.block_tokens)
+    more = min(MEASURED_ROWS, pool.rings.num_rings - 1) if isinstance(pool, QuantizedKVPool) else MEASURED_ROWS
+    table = runtime.allocator.allocate(blocks_for(context, pool.block_tokens))
+    rings = [pool.begin_sequence() for _ in range(1 + more)]
 
     def step_s(num_rows: int) -> float:
         times = []
         for _ in range(5):
+            for ring in rings[:num_rows]:
+                if isinstance(pool, QuantizedKVPool) and ring is not None:
+                    pool.rings.reset(ring)
+                    pool.resume(table, ring, context - 1)
+            rows = [
+                SequenceSlice(token_ids=[0], start=context - 1, block_table=table, need_logits=True, ring=ring)
+                for ring in rings[:num_rows]
+            ]
             begin = time.perf_counter()
-            runtime.engine.forward([row] * num_rows)
+            runtime.engine.forward(rows)
             times.append(time.perf_counter() - begin)
         return min(times)
 
     try:
-        one_s, more_s = step_s(1), step_s(1 + MEASURED_ROWS)
+        one_s, more_s = step_s(1), step_s(1 + more)
     finally:
         runtime.allocator.release(table)
-    row_s = min(max(0.0, (more_s - one_s) / MEASURED_ROWS), one_s)
+        for ring in rings:
+            pool.end_sequence(ring)
+    row_s = min(max(0.0, (more_s - one_s) / more), one_s) if more else 0.0
     return StepTimes(one_s - row_s, row_s)
 
 
 def measure_decode(runtime: ModelRuntime, chunk_tokens: int) -> dict[str, float]:
     """Seconds to decode one chunk into pages, by level, on the KV of some tokens."""
-    tokens = min(chunk_tokens, runtime.model.max_context, runtime.pool.num_blocks * BLOCK_TOKENS)
-    table = runtime.allocator.allocate(blocks_for(tokens, BLOCK_TOKENS))
+    block_tokens = runtime.pool.block_tokens
+    tokens = min(chunk_tokens, runtime.model.max_context // block_tokens * block_tokens)
+    tokens = min(tokens, runtime.pool.num_blocks * block_tokens)
+    table = runtime.allocator.allocate(blocks_for(tokens, block_tokens))
+    ring = runtime.pool.begin_sequence()
     seconds: dict[str, float] = {}
     try:
         token_ids = [token % runtime.model.vocab_size for token in range(tokens)]
-        runtime.engine.forward([SequenceSlice(token_ids=token_ids, start=0, block_table=table)])
-        k, v = runtime.pool.read(table, 0, tokens)
+        runtime.engine.forward([SequenceSlice(token_ids=token_ids, start=0, block_table=table, ring=ring)])
+        k, v = runtime.read_pages(table, ring, 0, tokens)
         for level in runtime.profile.level_names:
             blob = runtime.encode(k, v, start=0, level=level)
             times = []
@@ -118,4 +137,5 @@ def measure_decode(runtime: ModelRuntime, chunk_tokens: int) -> dict[str, float]
             seconds[level] = min(times) * chunk_tokens / tokens
     finally:
         runtime.allocator.release(table)
+        runtime.pool.end_sequence(ring)
     return seconds

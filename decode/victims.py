@@ -31,10 +31,11 @@ class Victims:
         fair: FairShare,
         *,
         num_blocks: int,
-        block_tokens: int,
+        blocks_for: Callable[[int], int],
     ) -> None:
+        """blocks_for: how many blocks so many tokens of a sequence need."""
         self._sequences, self._policy, self._fair = sequences, policy, fair
-        self._num_blocks, self._block_tokens = num_blocks, block_tokens
+        self._num_blocks, self.blocks_for = num_blocks, blocks_for
 
     def level(self, sequence: Sequence, top: int) -> int:
         """The effective priority of an admitted one: what it had waited when it was admitted stays counted."""
@@ -100,9 +101,6 @@ class Victims:
         return None
 
     # -- blocks ---------------------------------------------------------------------------------------------------
-
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self._block_tokens)
 
     def share_blocks(self, tenant: str) -> int | None:
         """How many the tenant may hold; None is no limit."""

@@ -24,7 +24,7 @@ from decode.fill_events import Fail
 from decode.fill_loading import EngineLoad, FillSpec
 from decode.kept_chunks import KeptChunks
 from decode.logprobs import NoTokenAllowed
-from decode.page_holders import PageHolders
+from decode.page_holders import MAX_SEQUENCES, PageHolders
 from decode.puller import Fill, KVPuller, Source
 from decode.receipt import Timeline
 from decode.requests import GenerationRequest, RequestRefused, TokenLogprobs
@@ -40,7 +40,8 @@ from prefill.chunks import num_loadable_chunks
 from prefill.held_chunks import HeldChunks
 from prefill.kv_source import KVSource
 from prefill.page_quality import EXACT
-from prefill.runtime import BLOCK_TOKENS, ModelRuntime
+from prefill.quantized_pool import Recents
+from prefill.runtime import ModelRuntime
 from prefill.store import MASTER_LEVEL, ChunkStore
 from transport.curve import CurveKeys
 from transport.stream_server import StreamServer
@@ -60,6 +61,7 @@ class DecodeWorker:
         bind: str = "tcp://127.0.0.1:0",
         chunk_tokens: int = 256,
         prefix_caching: bool = True,
+        max_sequences: int = MAX_SEQUENCES,
         store: ChunkStore | None = None,
         source: KVSource | None = None,
         kv_bind: str = "tcp://127.0.0.1:0",
@@ -79,13 +81,20 @@ class DecodeWorker:
         self._answer_tokens = 0.0  # on average
         self._pages = TaggedPages(runtime, chunk_tokens=chunk_tokens, shares_prefixes=prefix_caching)
         self._lock = threading.Condition(threading.RLock())
-        blocks = runtime.pool.num_blocks
         self._scheduler = Scheduler(
-            SchedulingPolicy(max_waiting=MAX_WAITING), num_blocks=blocks, block_tokens=BLOCK_TOKENS
+            SchedulingPolicy(max_waiting=MAX_WAITING),
+            num_blocks=runtime.pool.num_blocks,
+            blocks_for=runtime.pool.blocks_for,
         )
         self._scheduler.set_shares(policy.shares(), default=policy.share)
         self._requests: dict[str, ActiveRequest] = {}
-        self._holders = PageHolders(owner=self, scheduler=self._scheduler, pages=self._pages, requests=self._requests)
+        self._holders = PageHolders(
+            owner=self,
+            scheduler=self._scheduler,
+            pages=self._pages,
+            requests=self._requests,
+            max_sequences=max_sequences,
+        )
         self._receipts: OrderedDict[str, dict[str, Any]] = OrderedDict()
         self._stopping = False
         self._counters = {"generated_tokens_total": 0, "requests_total": 0, "cached_prompt_tokens_total": 0}
@@ -131,7 +140,6 @@ class DecodeWorker:
             self._end_source()
             raise
         self._kept = KeptChunks(
-            runtime,
             pages=self._pages,
             source=self.source,
             chunk_tokens=chunk_tokens,
@@ -176,6 +184,8 @@ class DecodeWorker:
                 "decode_preemptions_total": self._scheduler.num_preemptions,
                 "kv_cache_usage_perc": self._pages.usage(),
                 "kv_blocks_cached": self._pages.num_cached,
+                f"kv_cache_info;dtype={self._runtime.kv_cache_dtype}": 1.0,
+                "kv_bytes_per_token": self._runtime.pool.bytes_per_token,
                 **(self.source.source_stats("decode_kv") if self.source is not None and self._owns_source else {}),
             }
 
@@ -320,7 +330,7 @@ class DecodeWorker:
         state = self._requests[key]
         pages, request = state.pages, state.request
         assert pages is not None
-        state.cached_kl = self._pages.worst_kl(pages.blocks, 0, pages.cached_tokens)
+        state.cached_kl = self._pages.worst_kl(pages, 0, pages.cached_tokens)
         self._counters["cached_prompt_tokens_total"] += pages.cached_tokens
         if sequence is not None:
             return sequence
@@ -381,15 +391,25 @@ class DecodeWorker:
         sequence.work, sequence.work_chunk = (start, stop), chunk
         self._lock.notify_all()
 
-    def chunk_loaded(self, key: str, start: int, stop: int, level: str, base_kl: float, *, layers: Layers) -> None:
-        sequence = self._scheduler.get(key)
-        assert sequence is not None
-        self._pages.loaded(sequence.block_table, start, stop, level, base_kl, layers=layers)
+    def chunk_loaded(
+        self,
+        key: str,
+        start: int,
+        stop: int,
+        level: str,
+        base_kl: float,
+        *,
+        layers: Layers = None,
+        recents: Recents | None = None,
+    ) -> None:
+        pages = self._requests[key].pages
+        assert pages is not None
+        self._pages.loaded(pages, start, stop, level, base_kl, layers=layers, recents=recents)
 
     def chunk_discarded(self, key: str, start: int, stop: int) -> None:
-        sequence = self._scheduler.get(key)
-        assert sequence is not None
-        self._pages.discarded(sequence.block_table, start, stop)
+        pages = self._requests[key].pages
+        assert pages is not None
+        self._pages.discarded(pages, start, stop)
 
     def fill_ready(self, key: str, now: float) -> None:
         sequence, state = self._scheduler.get(key), self._requests[key]
@@ -400,7 +420,8 @@ class DecodeWorker:
             state.timeline.filled_at = now
             self._counters["partial_prompt_tokens_total"] += state.fill.machine.num_front_tokens
             self._note_load(state, now)
-            state.first_kl = self._pages.worst_kl(sequence.block_table, 0, state.loaded_tokens)
+            assert state.pages is not None
+            state.first_kl = self._pages.worst_kl(state.pages, 0, state.loaded_tokens)
         sequence.phase, sequence.work_chunk = Phase.TAIL, None
         sequence.work = (state.tail_start, state.fill_tokens)
         assert state.pages is not None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from kernels.attention import TILE_TOKENS
 from kernels.row_invariance import MULTIPLES, ROW_COUNTS, Product, cancelling_example, least_row_multiple
 from prefill.attention import Batch, Span
-from prefill.block_pool import BlockPool, blocks_for
+from prefill.block_pool import BlockPool
 from prefill.compute_device import completed
 from prefill.experts import expert_shapes, has_other_experts, pad_experts, product_among_others, router_shapes
 from prefill.fusions import fuse_for_cpu
@@ -57,7 +57,8 @@ class SliceInvalid(ValueError):
 class PagePool(Protocol):
     """What the engine needs of a pool: kv_pool.py's, or one of quantized pages. `uses_torch_products`: whether
     attention's sums are torch's, whose order may depend on the number of rows. `decode_pages`: the pages as kernels for
-    GPUs see them; None where attention is another's."""
+    GPUs see them; None where attention is another's. `begin_sequence`: the ring of a sequence that
+    begins, None where pages are all it has."""
 
     layout: KVLayout
     num_blocks: int
@@ -66,6 +67,9 @@ class PagePool(Protocol):
 
     @property
     def uses_torch_products(self) -> bool: ...
+    def blocks_for(self, num_tokens: int) -> int: ...
+    def begin_sequence(self) -> int | None: ...
+    def end_sequence(self, ring: int | None) -> None: ...
     def make_batch(self, spans: Sequence[Span], row_multiple: int = 1) -> Batch: ...
 
 
@@ -172,7 +176,7 @@ class Engine:
             raise SliceInvalid(f"a token id is not in the vocabulary of {self.model.vocab_size}")
         if stop > self.model.max_context:
             raise SliceInvalid(f"tokens up to {stop} exceed the model's context of {self.model.max_context}")
-        if stop > len(item.block_table) * self.pool.block_tokens:
+        if self.pool.blocks_for(stop) > len(item.block_table):
             raise SliceInvalid(f"tokens up to {stop} do not fit {len(item.block_table)} blocks")
 
 
@@ -250,6 +254,7 @@ def prefill(
     *,
     start: int = 0,
     chunk_tokens: int = 256,
+    ring: int | None = None,
 ) -> Tensor:
     """Compute a prompt from `start` on in chunks; the logits [vocab] after its last token."""
     logits = torch.empty(0)
@@ -257,7 +262,7 @@ def prefill(
         chunk = token_ids[first : first + chunk_tokens]
         is_last = first + len(chunk) == len(token_ids)
         logits = engine.forward(
-            [SequenceSlice(token_ids=chunk, start=first, block_table=block_table, need_logits=is_last)]
+            [SequenceSlice(token_ids=chunk, start=first, block_table=block_table, need_logits=is_last, ring=ring)]
         )
     return logits[0]
 
@@ -273,14 +278,15 @@ def generate_greedy(
 ) -> list[int]:
     """One request alone on the engine: the answer that every disaggregated run must repeat token for token.
     A stop token ends the output and is part of it."""
-    block_tokens = engine.pool.block_tokens
-    table = allocator.allocate(blocks_for(len(token_ids) + max_tokens, block_tokens))
+    table = allocator.allocate(engine.pool.blocks_for(len(token_ids) + max_tokens))
+    ring = engine.pool.begin_sequence()
     try:
-        tokens = [int(prefill(engine, token_ids, table, chunk_tokens=chunk_tokens).argmax())]
+        tokens = [int(prefill(engine, token_ids, table, chunk_tokens=chunk_tokens, ring=ring).argmax())]
         while len(tokens) < max_tokens and tokens[-1] not in stop_token_ids:
             position = len(token_ids) + len(tokens) - 1
-            row = SequenceSlice(token_ids=tokens[-1:], start=position, block_table=table, need_logits=True)
+            row = SequenceSlice(token_ids=tokens[-1:], start=position, block_table=table, need_logits=True, ring=ring)
             tokens.append(int(engine.forward([row])[0].argmax()))
         return tokens
     finally:
         allocator.release(table)
+        engine.pool.end_sequence(ring)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prefill.attention import Batch, Span
+from prefill.block_pool import blocks_for
 from prefill.compute_device import completes
 from prefill.cpu_attention import CpuAttention, can_attend
 from prefill.kv_layout import KVLayout
@@ -58,6 +59,20 @@ class KVPool:
     @property
     def num_bytes(self) -> int:
         return self.num_blocks * self.block_tokens * self.layout.bytes_per_token
+
+    @property
+    def bytes_per_token(self) -> float:
+        return self.layout.bytes_per_token
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """How many blocks the table of a sequence of so many tokens needs."""
+        return blocks_for(num_tokens, self.block_tokens)
+
+    def begin_sequence(self) -> None:
+        """A sequence has nothing here but its blocks; in quantized pages it has a ring."""
+
+    def end_sequence(self, ring: int | None) -> None:
+        assert ring is None, ring
 
     @property
     def uses_torch_products(self) -> bool:

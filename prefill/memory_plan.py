@@ -8,15 +8,17 @@ zeros more, which stands for what is not written.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from prefill import quantized_layout
 from prefill.errors import ModelRefused
 from prefill.kv_layout import KVLayout, live_blocks, window_groups
+from prefill.quantized_layout import PageMix
 
-KVDtype = Literal["bf16", "int8", "int4"]  # bf16: as the model computes it, whatever its dtype
-KV_DTYPES: tuple[KVDtype, ...] = get_args(KVDtype)
+KVDtype = Literal["bf16", "int8", "int4", "fp8"]  # bf16: as the model computes it, whatever its dtype
+KV_DTYPES: tuple[KVDtype, ...] = ("bf16", "int8", "int4")  # those that are worth comparing
 BLOCK_TOKENS = 16
 BATCH_ROWS = 2048  # rows of one forward pass: prefill chunks and decode rows together
 LOGIT_ROWS = 256  # of those, the rows whose logits are wanted
@@ -91,8 +93,11 @@ def plan_memory(
     block_tokens: int = BLOCK_TOKENS,
     batch_rows: int = BATCH_ROWS,
     runtime_bytes: int = RUNTIME_BYTES,
+    mixes: Mapping[KVDtype, PageMix | None] | None = None,
+    num_rings: int | None = None,
 ) -> MemoryPlan:
-    """`block_tokens` is of bf16 pages; quantized ones have 32. Kinds that the head dims rule out are left out."""
+    """`block_tokens` is of bf16 pages; quantized ones have 32. Kinds that the head dims rule out are left out. `mixes`:
+    of the kinds whose layers differ (quantized_mix.py). `num_rings`: see plan_pages."""
     assert context > 0 and memory_bytes >= 0, (context, memory_bytes)
     activations = activation_bytes(size, batch_rows=batch_rows)
     free = memory_bytes - size.weight_bytes - activations - runtime_bytes
@@ -104,7 +109,15 @@ def plan_memory(
         runtime_bytes=runtime_bytes,
         free_bytes=free,
         pages=tuple(
-            plan_pages(size.layout, kind, free_bytes=max(free, 0), context=context, block_tokens=block_tokens)
+            plan_pages(
+                size.layout,
+                kind,
+                free_bytes=max(free, 0),
+                context=context,
+                block_tokens=block_tokens,
+                mix=(mixes or {}).get(kind),
+                num_rings=num_rings,
+            )
             for kind in kv_dtypes
             if kind != "int4" or size.layout.head_dim_k % 2 == size.layout.head_dim_v % 2 == 0
         ),
@@ -112,19 +125,28 @@ def plan_memory(
 
 
 def plan_pages(
-    layout: KVLayout, kv_dtype: KVDtype, *, free_bytes: int, context: int, block_tokens: int = BLOCK_TOKENS
+    layout: KVLayout,
+    kv_dtype: KVDtype,
+    *,
+    free_bytes: int,
+    context: int,
+    block_tokens: int = BLOCK_TOKENS,
+    mix: PageMix | None = None,
+    num_rings: int | None = None,
 ) -> PagesPlan:
+    """`num_rings`: beside quantized blocks there are so many; None: as many as sequences of `context` tokens fit."""
     if kv_dtype == "bf16":
         block_bytes, ring_bytes = block_tokens * layout.bytes_per_token, 0
         blocks_each, spare_bytes = -(-context // block_tokens), block_bytes
     else:
         block_tokens = quantized_layout.BLOCK_TOKENS
-        block_bytes, ring_bytes = quantized_layout.block_bytes(layout, kv_dtype), quantized_layout.ring_bytes(layout)
+        block_bytes = quantized_layout.block_bytes(layout, kv_dtype, mix)
+        ring_bytes = quantized_layout.ring_bytes(layout)
         blocks_each, spare_bytes = quantized_layout.blocks_for(context), ring_bytes
     sequence_bytes = blocks_each * block_bytes + ring_bytes
     usable = max(free_bytes - spare_bytes, 0)
     num_sequences = usable // sequence_bytes
-    num_blocks = max(usable - max(num_sequences, 1) * ring_bytes, 0) // block_bytes
+    num_blocks = max(usable - (num_rings or max(num_sequences, 1)) * ring_bytes, 0) // block_bytes
     windowed = _windowed_sequence_bytes(layout, blocks_each, block_bytes, block_tokens) + ring_bytes
     return PagesPlan(
         kv_dtype=kv_dtype,
@@ -159,6 +181,8 @@ def check_fits(
     block_tokens: int = BLOCK_TOKENS,
     batch_rows: int = BATCH_ROWS,
     runtime_bytes: int = RUNTIME_BYTES,
+    mix: PageMix | None = None,
+    num_rings: int | None = None,
 ) -> PagesPlan:
     """Raises `ModelRefused`, with the numbers, if the weights and `num_blocks` blocks do not fit; without a number of
     blocks, if not one sequence of `context` tokens (default: the model's longest) does. The plan otherwise."""
@@ -171,6 +195,8 @@ def check_fits(
         block_tokens=block_tokens,
         batch_rows=batch_rows,
         runtime_bytes=runtime_bytes,
+        mixes={kv_dtype: mix},
+        num_rings=num_rings,
     )
     if not plan.pages:
         quantized_layout.check_kind(size.layout, kv_dtype)

@@ -40,12 +40,12 @@ class PageQuality:
             if whole_from:
                 self._whole_from[block] = whole_from
 
-    def computed(self, blocks: Iterable[int], below: Iterable[int]) -> None:
-        """Tokens in these blocks were computed; `below` has all KV that they attended to. A block that already held
-        something keeps the loss of that: it is filled token by token."""
+    def computed(self, blocks: Iterable[int], below: Iterable[int], at_least: float = EXACT) -> None:
+        """Tokens in these blocks were computed; `below` has all KV that they attended to, none better than `at_least`.
+        A block that already held something keeps the loss of that: it is filled token by token."""
         blocks = list(blocks)
         new = set(blocks) - self._own.keys()  # may stand in `below` too: their own tokens, which have no tag yet
-        worst = self.worst(block for block in below if block not in new)
+        worst = max(at_least, self.worst(block for block in below if block not in new))
         for block in blocks:
             self._own.setdefault(block, EXACT)
             self._inherited[block] = max(self._inherited.get(block, EXACT), worst)
@@ -79,6 +79,9 @@ class PageQuality:
     def forget_unless(self, is_used: Callable[[int], bool]) -> None:
         """`released`, for all blocks that are not in use."""
         self.released([block for block in self._own if not is_used(block)])
+
+    def has_tag(self, block: int) -> bool:
+        return block in self._own
 
     def worst(self, blocks: Iterable[int]) -> float:
         """The worst tag of these blocks; exact if there are none."""

@@ -59,17 +59,17 @@ def compute_chunks(
         elif fresh is None and store.kl(key) == 0:
             master = store.get(key, MASTER_LEVEL)
         if fresh is not None:
-            runtime.pool.write(block_table, start, fresh.k, fresh.v)
+            runtime.exact_pool.write(block_table, start, fresh.k, fresh.v)
         elif master is not None:
             runtime.decode_into_pages(master, block_table, start=start, stop=stop)
         elif _from_peer(peer(chunk), block_table, start, stop, runtime):
-            k, v = runtime.pool.read(block_table, start, stop)
+            k, v = runtime.exact_pool.read(block_table, start, stop)
             yield key, FreshChunk(k=k, v=v, start=start, tenant=request.tenant, parent=parent, is_fetched=True)
             continue
         else:
             tokens = request.token_ids[start:stop]
             runtime.engine.forward([SequenceSlice(token_ids=tokens, start=start, block_table=block_table)])
-            k, v = runtime.pool.read(block_table, start, stop)
+            k, v = runtime.exact_pool.read(block_table, start, stop)
             yield key, FreshChunk(k=k, v=v, start=start, tenant=request.tenant, parent=parent)
             continue
         yield key, None

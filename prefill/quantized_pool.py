@@ -25,6 +25,8 @@ from prefill.quantized_rings import RecentRings, RingState
 if TYPE_CHECKING:
     from prefill.cuda_attention import CudaQuantizedPages
 
+Recents = tuple[Tensor, Tensor]  # keys and values of a sequence's last tokens, [L, T, H, D]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
@@ -32,7 +34,11 @@ class Snapshot:
 
     state: RingState
     pages: list[Tensor]
-    recents: tuple[Tensor, Tensor]
+    recents: Recents
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(int(x.nbytes) for x in (*self.pages, *self.recents))
 
 
 class QuantizedKVPool:
@@ -90,6 +96,14 @@ class QuantizedKVPool:
         """How many blocks the table of a sequence of so many tokens needs."""
         return blocks_for(num_tokens)
 
+    def begin_sequence(self) -> int:
+        """A ring for a new sequence. Raises `RingsExhausted`."""
+        return self.rings.allocate()
+
+    def end_sequence(self, ring: int | None) -> None:
+        assert ring is not None
+        self.rings.release(ring)
+
     def make_batch(self, spans: Sequence[Span], row_multiple: int = 1) -> Batch:
         """What one forward pass attends with; the pass has to follow, for the spans' tokens are booked here."""
         if self.decode_pages is not None:
@@ -144,11 +158,25 @@ class QuantizedKVPool:
             self._write_pages(block_table, settled, settles, *self._read_ring(ring, settled, settles))
 
     @completes
-    def resume(self, block_table: Sequence[int], ring: int, length: int) -> None:
-        """A fresh ring continues a sequence of `length` tokens that is in pages: its recent tokens are dequantized, so
-        what follows differs from what the sequence's own ring would have given, by as much as quantizing loses."""
+    def resume(self, block_table: Sequence[int], ring: int, length: int, recents: Recents | None = None) -> None:
+        """A fresh ring continues a sequence of `length` tokens that is in pages. recents: its last tokens as they were
+        computed or received, at least those from `boundary(length)` on: then it goes on as if its own ring had been
+        kept. Without them they are dequantized, so what follows differs by as much as quantizing loses."""
         first = self.rings.resume(ring, length)
-        self._write_ring(ring, first, length, *self.read(block_table, None, first, length))
+        k, v = self.read(block_table, None, first, length) if recents is None else recents
+        assert k.shape[1] >= length - first, (k.shape, length)
+        self._write_ring(ring, first, length, k, v)
+
+    def continue_at(self, block_table: Sequence[int], ring: int, start: int, recents: Recents | None = None) -> None:
+        """Tokens from `start` on are computed next in this ring. If it is elsewhere, because what is between came into
+        the pages in another way, it gives its own tokens to the pages and resumes; `recents` as there."""
+        if self.rings.length(ring) == start:
+            return
+        assert self.rings.length(ring) % BLOCK_TOKENS == 0, f"a ring leaves in the middle of a block for {start}"
+        self.settle(block_table, ring)
+        self.rings.reset(ring)
+        if start:
+            self.resume(block_table, ring, start, recents)
 
     @completes
     def fork(self, ring: int, into: int) -> None:

@@ -48,6 +48,9 @@ class RecentRings:
     def num_free(self) -> int:
         return len(self._free)
 
+    def in_use(self) -> set[int]:
+        return set(self._states)
+
     def allocate(self) -> int:
         """A ring that holds nothing. Raises `RingsExhausted`."""
         if not self._free:
@@ -93,6 +96,11 @@ class RecentRings:
         settled = state.settled
         state.settled = max(settled, state.length // BLOCK_TOKENS * BLOCK_TOKENS)
         return settled, state.settled
+
+    def reset(self, ring: int) -> None:
+        """It has seen nothing; its sequence keeps it."""
+        self._state(ring)
+        self._states[ring] = RingState()
 
     def resume(self, ring: int, length: int) -> int:
         """A fresh ring continues a sequence of `length` tokens whose whole blocks are in pages. Returns the first token

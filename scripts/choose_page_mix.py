@@ -6,8 +6,9 @@ Keys and values of one layer after the other are quantized to 4 and to 2 bits, a
 costs is measured (scripts/calibration_loss.py: KL on tokens that depend on the context, the worse of answers and text).
 At 8 bits the steps are 17 times finer than at 4, so the loss, quadratic in them, is 289 times smaller: not measured.
 Losses of layers nearly add up; the choice is the cheapest one of at most 4 bits in the mean for int4, and 7 for int8.
-Some minutes for the bundled model. Documents come from one half of the text; bench_quantized_pages.py judges by the
-other.
+What the chosen mix loses as a whole is measured too and stands in the file as `kl`: requests whose floor promises less
+share no pages of that kind. Some minutes for the bundled model. Documents come from one half of the text;
+bench_quantized_pages.py judges by the other.
 """
 
 from __future__ import annotations
@@ -137,12 +138,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     for kind in MEAN_BITS:
         chosen = choose(costs, kind)
         mix = mix_of(chosen, num_layers)
-        path = write_page_mix(args.model, kind, mix)
-        print(f"{path}: {kind} {mix}")
         for name, kinds in ((f"{kind} uniform", dict.fromkeys(costs, kind)), (kind, chosen)):
             judged[name] = loss_of(loss, kinds)
             shown = ", ".join(f"{part} {judged[name].get(part, 0.0):.6f}" for part in ("kl", "delta_nll", "recall"))
             print(f"{name}: {shown}")
+        path = write_page_mix(args.model, kind, mix, kl=max(judged[kind]["kl"], 0.0))
+        print(f"{path}: {kind} {mix}")
     if args.json:
         rows = [{"layer": i, "keys": is_keys, **by_kind} for (i, is_keys), by_kind in costs.items()]
         content = {"costs": rows, "judged": judged, "seconds": round(time.monotonic() - started)}

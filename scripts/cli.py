@@ -107,6 +107,9 @@ def serve(
     device: Annotated[
         str | None, typer.Option(help="cpu, cuda, or auto (default): a GPU where there is one for every worker.")
     ] = None,
+    kv_cache_dtype: Annotated[
+        str | None, typer.Option(help="Pages of decode workers: auto (default: as --dtype), int8, int4 or fp8.")
+    ] = None,
     api_key: Annotated[
         str | None, typer.Option(help="Asked for on every path but /health.", envvar="KVSTREAM_API_KEY")
     ] = None,
@@ -128,6 +131,7 @@ def serve(
             num_decode=num_decode,
             dtype=dtype,
             device=device,
+            kv_cache_dtype=kv_cache_dtype,
             api_keys=[api_key] if api_key else None,
         )
     check_model(settings.model)

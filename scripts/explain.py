@@ -184,6 +184,7 @@ def _reasons(receipt: Mapping[str, Any], width: int) -> list[Text]:
 
 
 def _quality(receipt: Mapping[str, Any], width: int) -> list[Text]:
+    is_quantized = receipt.get("kv_cache_dtype") in ("int8", "int4", "fp8")
     if receipt.get("ttft_ms") is None:
         return []
     worst, mean = receipt.get("promised_kl"), receipt.get("mean_promised_kl")
@@ -191,6 +192,8 @@ def _quality(receipt: Mapping[str, Any], width: int) -> list[Text]:
         text = "not known: a level was used for which nothing was measured (see `kvstream calibrate`)"
     elif worst == 0:
         text = "exact: every chunk was computed or came without loss"
+        if is_quantized:
+            text = f"every chunk was computed or came without loss, and stood in {receipt['kv_cache_dtype']} pages"
     else:
         text = f"the worst level used promises a KL divergence of at most {worst:.3g} nats a token"
         if mean is not None:
@@ -198,7 +201,7 @@ def _quality(receipt: Mapping[str, Any], width: int) -> list[Text]:
         text += ". A bound on the mean over many tokens"
     lines = _wrapped(text + ".", width, indent=_label("Quality"))
     pages = receipt.get("quality")
-    if isinstance(pages, dict) and worst != 0:
+    if isinstance(pages, dict) and (worst != 0 or is_quantized):
         first, end, rest = (_loss(pages.get(at)) for at in ("at_first_token", "at_end", "generated_on"))
         text = f"pages of the chunks: {first} at the first token, {end} at the end; tail and answer rest on {rest}."
         lines += _wrapped(text, width, indent=_label(""))

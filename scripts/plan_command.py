@@ -29,6 +29,7 @@ class KVKind(StrEnum):
     BF16 = "bf16"
     INT8 = "int8"
     INT4 = "int4"
+    FP8 = "fp8"
 
 
 def plan(
@@ -38,7 +39,7 @@ def plan(
     dtype: Annotated[Dtype, typer.Option(help="Of weights and activations.")] = Dtype.BF16,
     kv_dtype: Annotated[
         KVKind | None,
-        typer.Option(help="Pages: bf16 (as computed, in --dtype), int8 or int4. Default: all, side by side."),
+        typer.Option(help="Pages: bf16 (as computed, in --dtype), int8, int4 or fp8. Default: the first three."),
     ] = None,
     block_tokens: Annotated[int, typer.Option(help="Of bf16 pages; quantized ones have 32.", min=1, max=256)] = 16,
     batch_rows: Annotated[int, typer.Option(help="Tokens of one forward pass, for the activations.", min=1)] = 2048,
@@ -50,11 +51,14 @@ def plan(
     from prefill.memory_plan import KV_DTYPES, check_fits, plan_memory
     from prefill.model_size import read_model_size
     from prefill.quantized_layout import QuantizedPagesUnsupported
+    from prefill.quantized_mix import read_page_mix
 
     with clean_errors(ModelRefused, QuantizedPagesUnsupported):
         size = read_model_size(model, dtype=dtype.value)
         tokens = context or size.max_context
         kinds = KV_DTYPES if kv_dtype is None else (kv_dtype.value,)
+        folder = model if model.is_dir() else model.parent
+        mixes = {kind: read_page_mix(folder, kind, size.layout) for kind in kinds}
         result = plan_memory(
             size,
             memory_bytes=memory_bytes,
@@ -62,6 +66,7 @@ def plan(
             kv_dtypes=kinds,
             block_tokens=block_tokens,
             batch_rows=batch_rows,
+            mixes=mixes,
         )
         if not any(pages.num_sequences for pages in result.pages):
             # The smallest pages first: theirs are the numbers to tell.
@@ -73,6 +78,7 @@ def plan(
                     kv_dtype=kind,
                     block_tokens=block_tokens,
                     batch_rows=batch_rows,
+                    mix=mixes[kind],
                 )
     if tokens > size.max_context:
         err.print(f"note: the model's context ends at {size.max_context} tokens", markup=False)

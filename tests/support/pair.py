@@ -5,21 +5,23 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from engine_models import loaded, random_model
 
-from codec.profile import default_profile
+from codec.profile import Promise, default_profile
 from decode.requests import GenerationRequest, SamplingParams
 from decode.slo import SLOPolicy
 from decode.worker import DecodeWorker
 from prefill.block_pool import BlockPool
 from prefill.engine import Engine, generate_greedy
 from prefill.kv_pool import KVPool
+from prefill.quantized_pool import QuantizedKVPool
 from prefill.runtime import BLOCK_TOKENS, ModelRuntime
 from prefill.store import ChunkStore
 from prefill.worker import PrefillWorker
@@ -28,15 +30,33 @@ from transport.stream_client import StreamClient
 LATEST_S = 20.0  # no wait in here is longer
 
 
-def make_runtime(*, dtype: torch.dtype = torch.bfloat16, num_blocks: int = 1024) -> ModelRuntime:
+def make_runtime(
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    num_blocks: int = 1024,
+    pages: str = "auto",
+    num_rings: int = 16,
+    page_kl: float = 0.0,
+    promises: Mapping[str, float] | None = None,
+) -> ModelRuntime:
+    """pages: "auto", or a kind of quantized ones, which lose `page_kl`. promises: by level, nats a token; without them
+    no lossy level promises anything."""
     model = loaded(random_model("llama", dtype))
-    pool = KVPool(model.layout, num_blocks, BLOCK_TOKENS)
+    pool: KVPool | QuantizedKVPool
+    if pages == "auto":
+        pool = KVPool(model.layout, num_blocks, BLOCK_TOKENS)
+    else:
+        pool = QuantizedKVPool(model.layout, num_blocks, pages, num_rings)
+    profile = default_profile(model.layout, fingerprint=model.fingerprint)
+    if promises is not None:
+        profile = replace(profile, promise={**profile.promise, **{at: Promise(kl=kl) for at, kl in promises.items()}})
     return ModelRuntime(
         model=model,
-        profile=default_profile(model.layout, fingerprint=model.fingerprint),
+        profile=profile,
         pool=pool,
         allocator=BlockPool(num_blocks),
         engine=Engine(model, pool, row_multiple=64),
+        page_kl=page_kl,
     )
 
 
@@ -212,10 +232,11 @@ def around(
     chunk_tokens: int = 256,
     prefix_caching: bool = False,
     store: ChunkStore | None = None,
+    prefill_runtime: Callable[[], ModelRuntime] | None = None,
 ) -> Iterator[Pair]:
     """A pair whose workers each have a runtime of their own, as they would in processes of their own. Without prefix
-    caching every prompt has to come over the link, however often it is asked."""
-    prefill = PrefillWorker(runtime())
+    caching every prompt has to come over the link, however often it is asked. prefill_runtime: if it differs."""
+    prefill = PrefillWorker((prefill_runtime or runtime)())
     decode = DecodeWorker(
         runtime(),
         policy=policy or SLOPolicy(ttft_s=30.0),

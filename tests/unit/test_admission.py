@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -40,6 +41,19 @@ def orders(policy: SLOPolicy | None = None, *, has_source: bool = True, now: flo
     asked = request(**options)
     check_request(asked, LIMITS)
     return fill_orders(asked, policy or SLOPolicy(), LIMITS, has_source=has_source, now=now, tail_s=0.1)
+
+
+@pytest.mark.parametrize("level", ["raw", "lossless"])
+def test_quantized_pages_promise_nothing_exact(level: str) -> None:
+    limits = replace(LIMITS, quantized_pages="int4")
+    for param, options in (("kv.mode", {"kv_mode": level}), ("kv.floor", {"floor": level})):
+        with pytest.raises(RequestRefused, match="int4 pages") as refused:
+            check_request(request(**options), limits)
+        assert (refused.value.status, refused.value.code) == (400, "kv_pages_quantized")
+        assert refused.value.param == param
+        check_request(request(**options), LIMITS)
+    for options in ({}, {"kv_mode": "text"}, {"floor": "q1"}, {"kv_mode": "q2", "floor": "q3"}):
+        check_request(request(**options), limits)
 
 
 @pytest.mark.parametrize(

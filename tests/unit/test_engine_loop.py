@@ -47,7 +47,7 @@ class World:
         sequence.output = [1] * num_output
         self.scheduler.add(sequence)
         machine = SimpleNamespace(may_step=lambda num_tokens: True)
-        self.requests[key] = SimpleNamespace(new_pages=deque(), fill=SimpleNamespace(machine=machine))
+        self.requests[key] = SimpleNamespace(new_pages=deque(), pages=object(), fill=SimpleNamespace(machine=machine))
         return sequence
 
     def before_step(self, now: float) -> None: ...

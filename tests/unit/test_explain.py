@@ -245,6 +245,14 @@ def test_layers_that_windows_left_out_are_counted() -> None:
     assert "Layers" not in text_of(receipt_with(chunks=chunks, chunks_in_part=0))
 
 
+def test_quantized_pages_are_not_called_exact() -> None:
+    quality = {"at_first_token": 0.001, "at_end": 0.001, "generated_on": 0.001}
+    exact = {"promised_kl": 0, "mean_promised_kl": 0, "quality": quality}
+    assert "exact:" in text_of(receipt_with(**exact, kv_cache_dtype="bfloat16"))
+    told = text_of(receipt_with(**exact, kv_cache_dtype="int4"))
+    assert "stood in int4 pages" in told and "0.001 at the end" in told and "exact" not in told
+
+
 def test_quality_that_nothing_is_known_of() -> None:
     assert "see `kvstream calibrate`" in text_of(receipt_with(promised_kl=None, mean_promised_kl=None))
     unknown = {"at_first_token": None, "at_end": 0.0, "generated_on": None}

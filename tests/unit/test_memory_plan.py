@@ -19,7 +19,7 @@ from prefill.machine_memory import available_in
 from prefill.memory_plan import GIB, ModelSize, check_fits, plan_memory, plan_pages
 from prefill.model import wrap_model
 from prefill.model_size import read_model_size, size_of
-from prefill.quantized_layout import blocks_for, ring_bytes
+from prefill.quantized_layout import PageMix, block_bytes, blocks_for, ring_bytes
 from prefill.quantized_pages import QuantizedStore
 from scripts.cli import app
 from scripts.plan_command import parse_memory
@@ -153,6 +153,23 @@ def test_what_is_planned_fits_and_one_more_does_not(kv_dtype: str) -> None:
         spare = pages.block_bytes if kv_dtype == "bf16" else ring_bytes(layout)
         assert pages.num_sequences * pages.sequence_bytes + spare <= max(free, spare)
         assert (pages.num_sequences + 1) * pages.sequence_bytes + spare > free
+
+
+def test_a_mix_and_the_rings_that_there_are_count() -> None:
+    layout = size().layout
+    half = layout.num_layers // 2
+    kinds = ("int8",) * half + ("int4",) * (layout.num_layers - half)
+    mix = PageMix(keys=kinds, values=kinds)
+    plain, mixed = (
+        check_fits(size(), memory_bytes=24 * 2**30, kv_dtype="int4", context=4096, mix=one) for one in (None, mix)
+    )
+    assert mixed.block_bytes == block_bytes(layout, "int4", mix) > plain.block_bytes
+    assert mixed.num_blocks < plain.num_blocks
+    fewer = check_fits(size(), memory_bytes=24 * 2**30, kv_dtype="int4", context=4096, num_rings=100)
+    spare = plain.num_sequences * ring_bytes(layout) - 100 * ring_bytes(layout)
+    assert abs((fewer.num_blocks - plain.num_blocks) * plain.block_bytes - spare) <= plain.block_bytes
+    with pytest.raises(ModelRefused, match="were asked for"):
+        check_fits(size(), memory_bytes=24 * 2**30, kv_dtype="int4", num_blocks=fewer.num_blocks + 1, num_rings=100)
 
 
 def test_stored_weights_are_counted_from_headers(tmp_path: Path) -> None:

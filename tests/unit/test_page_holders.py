@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from exact_pages import exact_runtime
 
 from codec.profile import Promise
 from decode.active_request import ActiveRequest
@@ -15,7 +16,6 @@ from decode.page_holders import PageHolders
 from decode.requests import GenerationRequest, SamplingParams
 from decode.scheduler import Phase, Scheduler, Sequence
 from decode.tagged_pages import TaggedPages
-from prefill.block_pool import BlockPool
 
 KL = {"lossless": 0.0, "q1": 0.01, "q3": 0.1}
 
@@ -25,10 +25,8 @@ class World:
 
     def __init__(self, num_blocks: int = 64) -> None:
         profile = SimpleNamespace(level_names=tuple(KL), promise={name: Promise(kl=kl) for name, kl in KL.items()})
-        runtime: Any = SimpleNamespace(
-            pool=None, allocator=BlockPool(num_blocks), profile=profile, model=SimpleNamespace(fingerprint="f")
-        )
-        self.pages = TaggedPages(runtime, chunk_tokens=16)
+        self.runtime = exact_runtime(num_blocks, profile)
+        self.pages = TaggedPages(self.runtime, chunk_tokens=16)
         self.requests: dict[str, ActiveRequest] = {}
         self.scheduler = Scheduler(num_blocks=num_blocks)
         self.holders = PageHolders(owner=self, scheduler=self.scheduler, pages=self.pages, requests=self.requests)
@@ -44,6 +42,7 @@ class World:
             pages=None,
             fill_tokens=len(tokens),
             prompt_tokens=len(tokens),
+            saved=None,
         )
         self.requests[key] = state
         self.holders.submit(key, deadline=0.0, now=0.0)
@@ -66,8 +65,8 @@ class World:
         """All of its prompt is in place, and its answer begins."""
         state = self.requests[key]
         assert state.pages is not None
-        blocks, stop = state.pages.blocks, state.prompt_tokens
-        self.pages.loaded(blocks, state.pages.cached_tokens, stop, level)
+        stop = state.prompt_tokens
+        self.pages.loaded(state.pages, state.pages.cached_tokens, stop, level)
         self.pages.share(state.pages, stop)
         sequence = self.scheduler.get(key)
         assert sequence is not None
@@ -109,7 +108,7 @@ class Life(World):
         super().__init__(self.rng.randrange(8, 30))
         self.content: dict[int, tuple[bytes, float]] = {}  # by block
         self.levels: dict[str, dict[int, str]] = {}  # by request, of blocks that were loaded
-        self.pages._pool = SimpleNamespace(write=self._written)  # type: ignore[assignment]
+        self.runtime.exact_pool.write = self._written
         self._refining: tuple[str, float] | None = None
         self.documents = [[self.rng.randrange(3) for _ in range(200)] for _ in range(2)]
         self.num_submitted = 0
@@ -147,7 +146,7 @@ class Life(World):
             start, stop = index * self.BLOCK, (index + 1) * self.BLOCK
             self.content[blocks[index]] = chain.blocks(self.BLOCK)[index], KL[level]
             self.levels[key][index] = level
-            self.pages.loaded(blocks, start, stop, level)
+            self.pages.loaded(state.pages, start, stop, level)
         self.pages.share(state.pages, last * self.BLOCK)
         sequence.phase = Phase.TAIL
         self.compute(key, max(last * self.BLOCK, state.pages.cached_tokens), state.fill_tokens)
@@ -164,7 +163,7 @@ class Life(World):
             before = self.content[blocks[index]][1] if index * self.BLOCK < start else 0.0
             name = keys[index] if index < len(keys) else b""
             self.content[blocks[index]] = name, max(lost, before)
-        self.pages.computed(blocks, start, stop)
+        self.pages.computed(state.pages, start, stop)
         self.pages.share(state.pages, stop)
 
     def step(self) -> None:
@@ -191,7 +190,7 @@ class Life(World):
         index, level = self.rng.choice(sorted(self.levels[key].items()))
         better = self.rng.choice([name for name in KL if KL[name] <= KL[level]])
         self._refining, kv = (key, KL[better]), torch.zeros(1, self.BLOCK, 1, 1)
-        self.pages.refine(state.pages.blocks, index * self.BLOCK, kv, kv, better)
+        self.pages.refine(state.pages, index * self.BLOCK, kv, kv, better)
         self.levels[key][index] = better
 
     def gives_up(self, sequence: Sequence) -> None:
@@ -231,7 +230,8 @@ class Life(World):
             for index in range(num_written // self.BLOCK):
                 name, lost = self.content[sequence.block_table[index]]
                 assert name == keys[index], "a page holds something else"
-                tag = self.pages.worst_kl(sequence.block_table, index * self.BLOCK, (index + 1) * self.BLOCK)
+                assert state.pages is not None
+                tag = self.pages.worst_kl(state.pages, index * self.BLOCK, (index + 1) * self.BLOCK)
                 assert tag is not None and lost <= tag <= (state.max_kl or 0.0), (lost, tag, state.max_kl)
 
 

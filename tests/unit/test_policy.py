@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from cluster.config import ServeConfig, load_config, parse_bytes
+from cluster.config import QUANTIZED_BLOCK_TOKENS, ServeConfig, load_config, parse_bytes
 from cluster.policy import KNOWN_LEVELS, load_policy, parse_policy, why_unservable
 from cluster.yaml_file import ConfigError
 from decode.fair_share import TenantShare
 from decode.slo import SLOPolicy
+from prefill.quantized_layout import BLOCK_TOKENS
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -337,6 +338,11 @@ def test_links_of_single_workers(tmp_path: Path) -> None:
         ("policy:\n  tenants:\n    a:\n      floor: q9\n", 4, "not one of `levels`"),
         ("num_prefill: 0\npolicy: {recompute: never}\n", 1, "without prefill workers"),
         ("chunk_tokens: 100\n", 1, "multiple of 16"),
+        ("kv_cache_dtype: int5\n", 1, "'int8', 'int4' or 'fp8'"),
+        ("kv_cache_dtype: int4\nchunk_tokens: 80\n", 2, "write 96"),
+        ("port: 1\nkv_cache_dtype: int8\npolicy: {floor: lossless}\n", 2, "the policy's floor is `lossless`"),
+        ("kv_cache_dtype: fp8\npolicy: {tenants: {a: {floor: raw}}}\n", 1, "floor of tenant `a` is `raw`"),
+        ("max_num_seqs: 500\n", 1, "`max_num_seqs`"),
     ],
 )
 def test_mistakes_in_a_serve_file_are_named_by_line(tmp_path: Path, text: str, line: int, says: str) -> None:
@@ -344,6 +350,15 @@ def test_mistakes_in_a_serve_file_are_named_by_line(tmp_path: Path, text: str, l
     with pytest.raises(ConfigError) as raised:
         load_config(path)
     assert any(p.startswith(f"{path}:{line}:") and says in p for p in raised.value.problems), raised.value.problems
+
+
+def test_quantized_pages_are_a_key(tmp_path: Path) -> None:
+    config = load_config(write(tmp_path, "kv_cache_dtype: int4\nmax_num_seqs: 12\nchunk_tokens: 96\n"))
+    assert (config.kv_cache_dtype, config.max_num_seqs) == ("int4", 12)
+    assert (
+        load_config(None).kv_cache_dtype == "auto" and load_config(None, kv_cache_dtype="fp8").kv_cache_dtype == "fp8"
+    )
+    assert QUANTIZED_BLOCK_TOKENS == BLOCK_TOKENS
 
 
 @pytest.mark.parametrize(

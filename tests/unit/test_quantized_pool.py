@@ -27,7 +27,7 @@ from prefill.quantized_layout import (
     sequence_bytes,
     settled_tokens,
 )
-from prefill.quantized_mix import read_page_mix, write_page_mix
+from prefill.quantized_mix import read_page_kl, read_page_mix, write_page_mix
 from prefill.quantized_pool import QuantizedKVPool
 from prefill.quantized_rings import RecentRings, RingsExhausted
 
@@ -272,6 +272,60 @@ def test_a_mix_is_kept_beside_the_model(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(QuantizedPagesUnsupported, match=words):
             read_page_mix(tmp_path, "int4", LAYOUT)
+
+
+def test_what_a_mix_loses_stands_beside_it(tmp_path: Path) -> None:
+    assert read_page_kl(tmp_path, "int4") is None
+    path = write_page_mix(tmp_path, "int4", MIX, kl=0.002)
+    write_page_mix(tmp_path, "int8", MIX)
+    assert read_page_kl(tmp_path, "int4") == 0.002 and read_page_mix(tmp_path, "int4", LAYOUT) == MIX
+    assert read_page_kl(tmp_path, "int8") is None and read_page_kl(tmp_path, "fp8") is None
+    for content in ('{"int4": {"kl": "much"}}', '{"int4": {"kl": -1}}', '{"int4": {"kl": NaN}}', '{"int4": 3}'):
+        path.write_text(content)
+        with pytest.raises(QuantizedPagesUnsupported, match="is no page mix"):
+            read_page_kl(tmp_path, "int4")
+
+
+@pytest.mark.parametrize("kind", ["int8", "int4", "fp8"])
+@pytest.mark.parametrize("seed", range(5))
+def test_chunks_in_any_order_and_a_ring_that_moves_behind_them(kind: str, seed: int) -> None:
+    """Some are computed in the ring, the others come into the pages in any order, of which only the last 32 tokens are
+    kept beside: what follows finds the same bits as if all had been computed in one go."""
+    rng = random.Random(seed)
+    size, num_chunks = rng.choice([32, 64, 96]), 6
+    loadable, more = size * num_chunks, 100
+    k, v = random_kv(loadable + more, seed=seed)
+    table = list(range(14, 14 + (loadable + more) // 32 + 1))
+    plain, pool = (QuantizedKVPool(LAYOUT, 48, kind, 1) for _ in range(2))
+    ours, theirs = pool.begin_sequence(), plain.begin_sequence()
+    compute(plain, table, theirs, 0, k, v)
+    loaded = {chunk for chunk in range(num_chunks) if rng.random() < 0.5}
+    computed = [chunk for chunk in range(num_chunks) if chunk not in loaded]
+    # All of a prompt's loaded chunks come before, after or between those that are computed on them.
+    recents: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    left = sorted(loaded, key=lambda _: rng.random())
+
+    def load(chunk: int) -> None:
+        start, stop = chunk * size, (chunk + 1) * size
+        pool.write(table, None, start, k[:, start:stop], v[:, start:stop])
+        recents[stop] = k[:, stop - 32 : stop], v[:, stop - 32 : stop]
+
+    for chunk in computed:
+        while left and (rng.random() < 0.3 or any(before < chunk for before in left)):
+            load(left.pop())
+        start, stop = chunk * size, (chunk + 1) * size
+        pool.continue_at(table, ours, start, recents.get(start))
+        compute(pool, table, ours, start, k[:, start:stop], v[:, start:stop])
+        pool.rings.check_integrity()
+    for chunk in left:
+        load(chunk)
+    pool.continue_at(table, ours, loadable, recents.get(loadable))
+    compute(pool, table, ours, loadable, k[:, loadable:], v[:, loadable:])
+    length = loadable + more
+    blocks = table[: settled_tokens(length) // 32]
+    assert all(torch.equal(a[blocks], b[blocks]) for a, b in zip(pool.store.tensors(), plain.store.tensors()))
+    ends = [one.read(table, ring, settled_tokens(length), length) for one, ring in ((pool, ours), (plain, theirs))]
+    assert all(map(torch.equal, *ends)) and pool.rings.settled(ours) == plain.rings.settled(theirs)
 
 
 def test_rings_run_out_and_come_back() -> None:

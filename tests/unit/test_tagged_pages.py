@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import random
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
+from exact_pages import exact_runtime
 
 from codec.profile import Promise
 from decode.tagged_pages import PageTable, TaggedPages
-from prefill.block_pool import BlockPool, PoolExhausted
+from prefill.block_pool import PoolExhausted
 from prefill.page_quality import PageQuality
 from prefill.window_layers import layers_seen
 
@@ -25,13 +25,7 @@ def tagged_pages(
     profile = SimpleNamespace(
         level_names=(*KL, "q9"), promise={**{name: Promise(kl=kl) for name, kl in KL.items()}, "q9": Promise()}
     )
-    runtime: Any = SimpleNamespace(
-        pool=SimpleNamespace(write=lambda *_: None),
-        allocator=BlockPool(num_blocks, ttl_s=ttl_s),
-        profile=profile,
-        model=SimpleNamespace(fingerprint="f", layout=SimpleNamespace(windows=windows)),
-    )
-    return TaggedPages(runtime, chunk_tokens=CHUNK)
+    return TaggedPages(exact_runtime(num_blocks, profile, ttl_s=ttl_s, windows=windows), chunk_tokens=CHUNK)
 
 
 def private(pages: TaggedPages, num_tokens: int) -> PageTable:
@@ -45,7 +39,7 @@ def begin(pages: TaggedPages, tokens: list[int], max_kl: float = 0.0, *, salt: s
 
 def compute(pages: TaggedPages, table: PageTable, stop: int) -> None:
     """All that was not there."""
-    pages.computed(table.blocks, table.cached_tokens, stop)
+    pages.computed(table, table.cached_tokens, stop)
     pages.share(table, stop)
 
 
@@ -55,8 +49,7 @@ def new_kv() -> torch.Tensor:
 
 def test_the_answer_inherits_what_it_was_computed_on_and_the_chunks_rise() -> None:
     pages = tagged_pages()
-    whole = private(pages, CHUNK + 20)
-    table = whole.blocks
+    table = private(pages, CHUNK + 20)
     pages.loaded(table, 0, CHUNK, "q3")
     pages.computed(table, CHUNK, CHUNK + 5)  # the tail
     pages.refine(table, 0, new_kv(), new_kv(), "q1")
@@ -64,14 +57,13 @@ def test_the_answer_inherits_what_it_was_computed_on_and_the_chunks_rise() -> No
     assert pages.worst_kl(table, 0, CHUNK) == 0.01
     assert pages.worst_kl(table, CHUNK, CHUNK + 6) == 0.1
     pages.check_integrity([table])
-    pages.release(whole)
+    pages.release(table)
     pages.check_integrity([])
-    assert pages.worst_kl([], 0, 0) == 0.0
 
 
 def test_a_level_that_promises_nothing_makes_all_above_it_unknown() -> None:
     pages = tagged_pages()
-    table = private(pages, 2 * CHUNK + 1).blocks
+    table = private(pages, 2 * CHUNK + 1)
     pages.loaded(table, 0, CHUNK, "q9")
     pages.loaded(table, CHUNK, 2 * CHUNK, "q1")
     pages.computed(table, 2 * CHUNK, 2 * CHUNK + 1)
@@ -86,13 +78,14 @@ def test_a_look_at_each_block_finds_what_a_look_at_each_token_finds(seed: int) -
     pages, every_token = tagged_pages(), PageQuality()
     num_chunks, num_tail = rng.randrange(1, 5), rng.randrange(1, CHUNK + 1)
     first = num_chunks * CHUNK
-    table = private(pages, first + num_tail + 100).blocks
+    table = private(pages, first + num_tail + 100)
+    held = table.blocks
     levels = {}
     for chunk in range(num_chunks):
-        blocks = table[2 * chunk : 2 * chunk + 2]
+        blocks = held[2 * chunk : 2 * chunk + 2]
         if rng.random() < 0.3:
             pages.computed(table, chunk * CHUNK, (chunk + 1) * CHUNK)
-            every_token.computed(blocks, table[: 2 * chunk + 2])
+            every_token.computed(blocks, held[: 2 * chunk + 2])
         else:
             levels[chunk] = rng.choice(["q2", "q3"])
             pages.loaded(table, chunk * CHUNK, (chunk + 1) * CHUNK, levels[chunk])
@@ -101,14 +94,14 @@ def test_a_look_at_each_block_finds_what_a_look_at_each_token_finds(seed: int) -
     for start, stop in steps:
         pages.computed(table, start, stop)
         for token in range(start, stop):
-            every_token.computed([table[token // 16]], table[: token // 16 + 1])
+            every_token.computed([held[token // 16]], held[: token // 16 + 1])
         if levels and rng.random() < 0.05:
             chunk = rng.choice(list(levels))
             level = "q1" if levels.pop(chunk) == "q2" else rng.choice(["q1", "lossless"])
             pages.refine(table, chunk * CHUNK, new_kv(), new_kv(), level)
-            every_token.refined(table[2 * chunk : 2 * chunk + 2], KL[level])
+            every_token.refined(held[2 * chunk : 2 * chunk + 2], KL[level])
     for block in range(-(-steps[-1][1] // 16)):
-        assert pages.worst_kl(table, 16 * block, 16 * block + 16) == every_token.worst([table[block]])
+        assert pages.worst_kl(table, 16 * block, 16 * block + 16) == every_token.worst([held[block]])
 
 
 # -- prefixes that are shared -------------------------------------------------------------------------------------
@@ -137,7 +130,7 @@ def test_what_was_generated_is_found_by_the_next_turn() -> None:
     compute(pages, table, 100)
     for token in range(30):
         table.chain.extend([token])
-        pages.computed(table.blocks, 100 + token, 101 + token)
+        pages.computed(table, 100 + token, 101 + token)
         pages.share(table, 101 + token)
     pages.release(table)
     assert begin(pages, [*PROMPT, *range(30), 7, 7, 7]).cached_tokens == 128
@@ -146,13 +139,13 @@ def test_what_was_generated_is_found_by_the_next_turn() -> None:
 def test_worse_kv_than_the_floor_is_not_taken_and_better_takes_its_place() -> None:
     pages = tagged_pages()
     lossy = begin(pages, PROMPT, KL["q3"])
-    pages.loaded(lossy.blocks, 0, 3 * CHUNK, "q3")
-    pages.computed(lossy.blocks, 96, 100)
+    pages.loaded(lossy, 0, 3 * CHUNK, "q3")
+    pages.computed(lossy, 96, 100)
     pages.share(lossy, 100)
     assert begin(pages, PROMPT, KL["q3"]).cached_tokens == 96
     strict = begin(pages, PROMPT, KL["q2"])
     assert strict.cached_tokens == 0
-    pages.loaded(strict.blocks, 0, 2 * CHUNK, "lossless")
+    pages.loaded(strict, 0, 2 * CHUNK, "lossless")
     pages.share(strict, 2 * CHUNK)
     later = begin(pages, PROMPT, KL["q3"])
     assert later.cached_tokens == 64 and later.blocks[:4] == strict.blocks[:4]
@@ -164,16 +157,16 @@ def test_who_lost_its_place_to_something_better_does_not_continue_that() -> None
     """Else a known block would be held by somebody who does not hold what it continues."""
     pages = tagged_pages(num_blocks=16)
     lossy = begin(pages, PROMPT[:65], KL["q3"])
-    pages.loaded(lossy.blocks, 0, 64, "q3")
+    pages.loaded(lossy, 0, 64, "q3")
     pages.share(lossy, 64)
     strict = begin(pages, PROMPT[:65])
     compute(pages, strict, 65)  # takes the same 64 tokens' place
     lossy.chain.extend(range(31))
     pages.grow(lossy, 96)
-    pages.computed(lossy.blocks, 64, 96)
+    pages.computed(lossy, 64, 96)
     pages.share(lossy, 96)
     pages.release(strict)
-    pages.check_integrity([lossy.blocks])
+    pages.check_integrity([lossy])
     private(pages, 16 * (16 - len(lossy.blocks)))  # all that is only cached can be had
     pages.release(lossy)
 
@@ -181,9 +174,9 @@ def test_who_lost_its_place_to_something_better_does_not_continue_that() -> None
 def test_a_refined_prefix_is_good_for_stricter_requests() -> None:
     pages = tagged_pages()
     table = begin(pages, PROMPT, KL["q3"])
-    pages.loaded(table.blocks, 0, 3 * CHUNK, "q3")
+    pages.loaded(table, 0, 3 * CHUNK, "q3")
     pages.share(table, 96)
-    pages.refine(table.blocks, 0, new_kv(), new_kv(), "q1")
+    pages.refine(table, 0, new_kv(), new_kv(), "q1")
     assert begin(pages, PROMPT, KL["q1"]).cached_tokens == CHUNK
 
 
@@ -191,17 +184,17 @@ def test_a_refinement_does_not_touch_better_pages_of_others() -> None:
     """Who loaded a coarse level goes on with the exact pages of another, and what it had asked for still comes."""
     pages = tagged_pages()
     written: list[tuple[int, int]] = []
-    pages._pool.write = lambda table, start, k, v: written.append((start, k.shape[1]))  # type: ignore[method-assign]
+    pages._runtime.exact_pool.write = lambda table, start, k, v: written.append((start, k.shape[1]))  # type: ignore[method-assign]
     coarse, strict = begin(pages, PROMPT, KL["q3"]), begin(pages, PROMPT[:50])
     compute(pages, strict, 50)
-    pages.loaded(coarse.blocks, 0, 3 * CHUNK, "q3")
+    pages.loaded(coarse, 0, 3 * CHUNK, "q3")
     pages.share(coarse, 3 * CHUNK)
     assert coarse.blocks[:3] == strict.blocks[:3]
-    pages.refine(coarse.blocks, 0, new_kv(), new_kv(), "q1")
-    pages.refine(coarse.blocks, CHUNK, new_kv(), new_kv(), "q1")
-    assert pages.worst_kl(strict.blocks, 0, 50) == 0.0
+    pages.refine(coarse, 0, new_kv(), new_kv(), "q1")
+    pages.refine(coarse, CHUNK, new_kv(), new_kv(), "q1")
+    assert pages.worst_kl(strict, 0, 50) == 0.0
     assert written == [(48, 16)], "its own blocks alone"
-    assert pages.worst_kl(coarse.blocks, 0, 2 * CHUNK) == KL["q1"]
+    assert pages.worst_kl(coarse, 0, 2 * CHUNK) == KL["q1"]
 
 
 def test_a_level_that_promises_nothing_is_no_measure() -> None:
@@ -216,7 +209,7 @@ def test_two_that_computed_the_same_go_on_with_one_copy() -> None:
     compute(pages, one, 100)
     compute(pages, two, 100)
     assert two.blocks[:6] == one.blocks[:6] and two.blocks[6] != one.blocks[6]
-    pages.check_integrity([one.blocks, two.blocks])
+    pages.check_integrity([one, two])
     for table in (one, two):
         pages.release(table)
     pages.check_integrity([])
@@ -236,7 +229,7 @@ def test_no_room_leaves_everything_as_it_was() -> None:
     compute(pages, table, 100)
     with pytest.raises(PoolExhausted):
         begin(pages, PROMPT + PROMPT)
-    pages.check_integrity([table.blocks])
+    pages.check_integrity([table])
     pages.release(table)
     big = begin(pages, PROMPT + PROMPT[:28])
     assert big.cached_tokens == 96, "its own prefix is not given away to make room for it"
@@ -263,24 +256,24 @@ def test_pages_unused_for_their_time_to_live_are_forgotten() -> None:
 def test_pages_that_are_given_away_lose_their_tags() -> None:
     pages = tagged_pages(num_blocks=8)
     table = begin(pages, PROMPT, KL["q3"])
-    pages.loaded(table.blocks, 0, 96, "q3")
+    pages.loaded(table, 0, 96, "q3")
     pages.share(table, 96)
     pages.release(table)
     other = begin(pages, [5] * 120)
     compute(pages, other, 120)
-    assert pages.worst_kl(other.blocks, 0, 120) == 0.0
-    pages.check_integrity([other.blocks])
+    assert pages.worst_kl(other, 0, 120) == 0.0
+    pages.check_integrity([other])
 
 
 def test_pages_that_lack_layers_are_shared_behind_their_windows_only() -> None:
     pages = tagged_pages(windows=(None, 40))
     tokens = list(range(5 * CHUNK))
     table = begin(pages, tokens)
-    pages.loaded(table.blocks, 0, CHUNK, "lossless")
-    pages.loaded(table.blocks, CHUNK, 2 * CHUNK, "lossless", layers=(0,))  # seen until 2 * CHUNK + 38 in the other one
-    pages.computed(table.blocks, 2 * CHUNK, 5 * CHUNK)
+    pages.loaded(table, 0, CHUNK, "lossless")
+    pages.loaded(table, CHUNK, 2 * CHUNK, "lossless", layers=(0,))  # seen until 2 * CHUNK + 38 in the other one
+    pages.computed(table, 2 * CHUNK, 5 * CHUNK)
     pages.share(table, 5 * CHUNK)
-    whole = [pages.is_whole(table.blocks, at * CHUNK, (at + 1) * CHUNK) for at in range(5)]
+    whole = [pages.is_whole(table, at * CHUNK, (at + 1) * CHUNK) for at in range(5)]
     assert whole == [True, False, True, True, True]
     cached = {}
     for length in range(CHUNK, 5 * CHUNK, 16):
@@ -293,7 +286,7 @@ def test_pages_that_lack_layers_are_shared_behind_their_windows_only() -> None:
     better.chain, better.max_kl = pages.chain(tokens, ""), 0.0
     compute(pages, better, 3 * CHUNK)
     other = begin(pages, [*tokens[: 2 * CHUNK], 7])
-    assert other.cached_tokens == 2 * CHUNK and pages.is_whole(other.blocks, 0, 2 * CHUNK)
+    assert other.cached_tokens == 2 * CHUNK and pages.is_whole(other, 0, 2 * CHUNK)
     for held in (table, better, other):
         pages.release(held)
     pages.check_integrity([])
@@ -303,12 +296,12 @@ def test_who_has_less_of_what_is_there_whole_goes_on_with_that() -> None:
     pages = tagged_pages(windows=(40, 40))
     tokens = list(range(3 * CHUNK))
     whole, part = begin(pages, tokens), begin(pages, tokens)
-    pages.loaded(part.blocks, 0, CHUNK, "q3", layers=())  # nobody sees it: no loss
-    pages.computed(part.blocks, CHUNK, 3 * CHUNK)
-    assert pages.worst_kl(part.blocks, 0, 3 * CHUNK) == 0.0
+    pages.loaded(part, 0, CHUNK, "q3", layers=())  # nobody sees it: no loss
+    pages.computed(part, CHUNK, 3 * CHUNK)
+    assert pages.worst_kl(part, 0, 3 * CHUNK) == 0.0
     compute(pages, whole, 3 * CHUNK)
     pages.share(part, 3 * CHUNK)
-    assert part.blocks == whole.blocks and pages.is_whole(part.blocks, 0, 3 * CHUNK)
+    assert part.blocks == whole.blocks and pages.is_whole(part, 0, 3 * CHUNK)
     for held in (whole, part):
         pages.release(held)
     pages.check_integrity([])
@@ -337,11 +330,11 @@ def test_no_prefix_that_is_found_lacks_what_is_seen_behind_it(seed: int) -> None
             for block in table.blocks[max(start, begins) // 16 : ends // 16]:
                 layers_of[block] = layers
             named = None if len(layers) == 3 else tuple(sorted(layers))
-            pages.loaded(table.blocks, max(start, begins), ends, "lossless", layers=named)
+            pages.loaded(table, max(start, begins), ends, "lossless", layers=named)
         begins = max(start, num_loaded)
         for block in table.blocks[begins // 16 :]:
             layers_of[block] = set(range(3))
-        pages.computed(table.blocks, begins, length + 1)
+        pages.computed(table, begins, length + 1)
         before = list(table.blocks)
         pages.share(table, length + 1)
         for mine, other in zip(before, table.blocks, strict=True):  # what it goes on with lacks no more
@@ -353,7 +346,7 @@ def test_no_prefix_that_is_found_lacks_what_is_seen_behind_it(seed: int) -> None
 def test_what_is_discarded_has_no_tag_and_what_is_computed_there_is_exact() -> None:
     pages = tagged_pages()
     table = begin(pages, list(range(2 * CHUNK)))
-    pages.loaded(table.blocks, 0, CHUNK, "q3", layers=(1,))
-    pages.discarded(table.blocks, 0, CHUNK)
-    pages.computed(table.blocks, 0, CHUNK)
-    assert pages.worst_kl(table.blocks, 0, CHUNK) == 0.0 and pages.is_whole(table.blocks, 0, CHUNK)
+    pages.loaded(table, 0, CHUNK, "q3", layers=(1,))
+    pages.discarded(table, 0, CHUNK)
+    pages.computed(table, 0, CHUNK)
+    assert pages.worst_kl(table, 0, CHUNK) == 0.0 and pages.is_whole(table, 0, CHUNK)
