@@ -205,7 +205,9 @@ class SimDecodeWorker:
         return Lack(blocks=lambda num_left: self._missing(waiting, num_left))
 
     def _missing(self, waiting: Waiting, num_admitted: int) -> int:
-        wanted = blocks_for(waiting.num_tokens, BLOCK_TOKENS) + SchedulingPolicy.spare_blocks(num_admitted)
+        wanted = blocks_for(waiting.num_tokens, BLOCK_TOKENS) + SchedulingPolicy.spare_blocks(
+            num_admitted, BLOCK_TOKENS
+        )
         return wanted - self._blocks.num_free
 
     def _grow(self, sequence: BatchSequence, num_blocks: int) -> bool:

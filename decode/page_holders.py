@@ -108,7 +108,7 @@ class PageHolders:
             state.pages = self._begin_pages(state, num_to_fill, waiting.num_tokens)
         except (PoolExhausted, RingsExhausted):
             return False
-        if not self._pages.can_grow_by(SchedulingPolicy.spare_blocks(len(self._scheduler))):
+        if not self._pages.can_grow_by(SchedulingPolicy.spare_blocks(len(self._scheduler), self._pages.block_tokens)):
             self._pages.release(state.pages, self._now)
             state.pages = None
             return False
@@ -131,7 +131,11 @@ class PageHolders:
         num_lacking, found = self._pages.lacking(
             state.chain, _num_to_fill(state, waiting), waiting.num_tokens, None if state.saved else state.max_kl
         )
-        return Lack(blocks=lambda num_left: num_lacking + SchedulingPolicy.spare_blocks(num_left), shared=found)
+
+        def blocks(num_left: int) -> int:
+            return num_lacking + SchedulingPolicy.spare_blocks(num_left, self._pages.block_tokens)
+
+        return Lack(blocks=blocks, shared=found)
 
     def before_step(self, now: float) -> None:
         """When no forward pass uses anybody's pages, the more urgent of those who wait get theirs."""

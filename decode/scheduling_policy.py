@@ -9,7 +9,7 @@ from decode.fair_share import TenantShare
 
 # What a decode worker adds when it judges whether a request has room. Blocks are left free for each admitted request to
 # grow into: without any, half of all requests are preempted where pages are short (docs/scheduler.md).
-SPARE_BLOCKS = 2
+SPARE_TOKENS = 32
 MAX_SEQUENCES = 256  # admitted at once; as many transfers as transport allows to one source
 MAX_WAITING = 256
 
@@ -55,9 +55,9 @@ class SchedulingPolicy:
                 raise ValueError(f"{name} is {value}; it must be at least {least}.")
 
     @staticmethod
-    def spare_blocks(num_admitted: int) -> int:
+    def spare_blocks(num_admitted: int, block_tokens: int) -> int:
         """To be left free when one more is admitted beside so many; none for one that is alone."""
-        return SPARE_BLOCKS * (num_admitted + 1) if num_admitted else 0
+        return -(-SPARE_TOKENS // block_tokens) * (num_admitted + 1) if num_admitted else 0
 
     def levels_gained(self, waited_s: float) -> int:
         """By having waited so long."""

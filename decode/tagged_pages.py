@@ -46,8 +46,8 @@ class TaggedPages:
     def __init__(self, runtime: ModelRuntime, *, chunk_tokens: int, shares_prefixes: bool = True) -> None:
         self._runtime, self._pool, self._blocks = runtime, runtime.pool, runtime.allocator
         self._model = runtime.model
-        self._block_tokens = self._pool.block_tokens
-        assert chunk_tokens % self._block_tokens == 0, "two chunks in one block would have one tag"
+        self.block_tokens = self._pool.block_tokens
+        assert chunk_tokens % self.block_tokens == 0, "two chunks in one block would have one tag"
         self.kv_cache_dtype, self._page_kl = runtime.kv_cache_dtype, runtime.page_kl
         self._rings = PageRings(self._pool) if isinstance(self._pool, QuantizedKVPool) else None
         self._shares_prefixes = shares_prefixes
@@ -80,7 +80,7 @@ class TaggedPages:
         if not self._takes_from_others(max_kl):
             return None
         assert max_kl is not None
-        keys = chain.blocks(self._block_tokens)[: (num_prompt - 1) // self._block_tokens]
+        keys = chain.blocks(self.block_tokens)[: (num_prompt - 1) // self.block_tokens]
         num_found = len(self._match(keys, max_kl))
         return keys[num_found] if num_found < len(keys) else None
 
@@ -91,13 +91,13 @@ class TaggedPages:
         token is always computed, for its logits. Raises PoolExhausted, RingsExhausted."""
         found: list[int] = []
         if max_kl is not None and self._takes_from_others(max_kl):
-            found = self._match(chain.blocks(self._block_tokens)[: (num_prompt - 1) // self._block_tokens], max_kl)
+            found = self._match(chain.blocks(self.block_tokens)[: (num_prompt - 1) // self.block_tokens], max_kl)
         table = PageTable(blocks=list(found), chain=chain, max_kl=max_kl if self._shares_prefixes else None)
         self._blocks.share(found)
         # What is loaded stands in pages as a whole, also where a ring would do for the last of it.
-        self._begin(table, max(self._pool.blocks_for(num_tokens), num_prompt // self._block_tokens), now)
+        self._begin(table, max(self._pool.blocks_for(num_tokens), num_prompt // self.block_tokens), now)
         table.num_known = len(found)
-        table.cached_tokens = len(found) * self._block_tokens
+        table.cached_tokens = len(found) * self.block_tokens
         return table
 
     def lacking(
@@ -107,9 +107,9 @@ class TaggedPages:
         those that are in use it would share."""
         found: list[int] = []
         if max_kl is not None and self._takes_from_others(max_kl):
-            found = self._match(chain.blocks(self._block_tokens)[: (num_prompt - 1) // self._block_tokens], max_kl)
+            found = self._match(chain.blocks(self.block_tokens)[: (num_prompt - 1) // self.block_tokens], max_kl)
         num_cached = sum(not self._blocks.num_holders(block) for block in found)
-        num_new = max(self._pool.blocks_for(num_tokens), num_prompt // self._block_tokens) - len(found)
+        num_new = max(self._pool.blocks_for(num_tokens), num_prompt // self.block_tokens) - len(found)
         return num_new - (self._blocks.num_available - num_cached), frozenset(found)
 
     def _begin(self, table: PageTable, num_blocks: int, now: float) -> None:
@@ -126,8 +126,8 @@ class TaggedPages:
 
     def to_fill(self, table: PageTable, num_prompt: int) -> list[bytes]:
         """The keys of the prompt's blocks whose KV was not there."""
-        first = table.cached_tokens // self._block_tokens
-        return table.chain.blocks(self._block_tokens, first=first)[: num_prompt // self._block_tokens - first]
+        first = table.cached_tokens // self.block_tokens
+        return table.chain.blocks(self.block_tokens, first=first)[: num_prompt // self.block_tokens - first]
 
     def grow(self, table: PageTable, num_tokens: int) -> None:
         """Pages for so many tokens. Raises PoolExhausted, and then changes nothing."""
@@ -166,10 +166,10 @@ class TaggedPages:
             return  # it shares nothing
         if self._rings is not None:
             num_tokens = min(num_tokens, self._rings.settled_tokens(table.ring))
-        num_blocks = num_tokens // self._block_tokens
+        num_blocks = num_tokens // self.block_tokens
         if table.num_known >= num_blocks:
             return
-        keys = table.chain.blocks(self._block_tokens, first=max(table.num_known - 1, 0))
+        keys = table.chain.blocks(self.block_tokens, first=max(table.num_known - 1, 0))
         parent = keys.pop(0) if table.num_known else None
         if parent is not None and self._blocks.block_of(parent) != table.blocks[table.num_known - 1]:
             # What it continues was replaced by something better, which it does not hold: this sequence is of no use to
@@ -210,7 +210,7 @@ class TaggedPages:
         found = self._blocks.match(keys, lambda block: self._quality.meets([block], max_kl))
         if self._quality.whole_from(found):
             needs = list(itertools.accumulate((self._quality.whole_from([block]) for block in found), max))
-            while found and needs[len(found) - 1] > len(found) * self._block_tokens:
+            while found and needs[len(found) - 1] > len(found) * self.block_tokens:
                 found.pop()
         return found
 
@@ -289,16 +289,16 @@ class TaggedPages:
             self._quality.refined(self._of(table, start, start + k.shape[1]), kl)
             return
         for first, stop in self._quality.worse_runs(self._of(table, start, start + k.shape[1]), kl):
-            at, span = start + first * self._block_tokens, slice(first * self._block_tokens, stop * self._block_tokens)
+            at, span = start + first * self.block_tokens, slice(first * self.block_tokens, stop * self.block_tokens)
             self._runtime.exact_pool.write(table.blocks, at, k[:, span], v[:, span])
-            self._quality.refined(self._of(table, at, start + stop * self._block_tokens), kl)
+            self._quality.refined(self._of(table, at, start + stop * self.block_tokens), kl)
 
     def computed(self, table: PageTable, start: int, stop: int) -> None:
         """They were computed on all that lies before them."""
         blocks, below = self._of(table, start, stop), self._of(table, 0, stop)
         # KV only gets better once it is in place: what comes later into the same block rests on nothing worse than its
         # first token did. So a tag is looked up once a block, and not at every token.
-        is_new_block = stop - start > 1 or start % self._block_tokens == 0
+        is_new_block = stop - start > 1 or start % self.block_tokens == 0
         if self._rings is None:
             if is_new_block:
                 self._quality.computed(blocks, below)
@@ -319,7 +319,7 @@ class TaggedPages:
         none is better than what these lose."""
         blocks = self._of(table, start, stop)
         worst = max(self._quality.worst(blocks), self._page_kl if blocks else EXACT)
-        if start < stop and stop > len(table.blocks) * self._block_tokens:
+        if start < stop and stop > len(table.blocks) * self.block_tokens:
             worst = max(worst, table.recent_kl)  # in the ring
         return None if worst == UNKNOWN else worst
 
@@ -329,13 +329,13 @@ class TaggedPages:
 
     def _of(self, table: PageTable, start: int, stop: int) -> list[int]:
         """Their blocks; tokens that only a ring has are in none."""
-        return table.blocks[start // self._block_tokens : -(-stop // self._block_tokens)]
+        return table.blocks[start // self.block_tokens : -(-stop // self.block_tokens)]
 
     # -- the rest -------------------------------------------------------------------------------------------------
 
     def whole_chunks(self, chunk_tokens: int) -> set[bytes]:
         """The keys of the chunks all blocks of which are there."""
-        step = chunk_tokens // self._block_tokens
+        step = chunk_tokens // self.block_tokens
         # A known block's front is known too: its last block stands for a chunk.
         return {chunk_key(key, chunk_tokens) for key, depth in self._blocks.known() if (depth + 1) % step == 0}
 
