@@ -139,11 +139,11 @@ def test_no_more_than_a_few_chunks_are_copied_between_two_steps(pair: Pair, monk
     pair.ask(tokens, kv_mode="q1")
     gate = Gate(monkeypatch, Engine, "forward", in_answer)
     asking = pair.begin(tokens, max_tokens=100)
-    gate.wait()  # before the second token, until all refinements wait to be copied
-    until(lambda: sum(len(state.new_pages) for state in pair.decode._requests.values()) == NUM_CHUNKS)
+    gate.wait()  # before the second token, until refinements wait to be copied; one may have been before that
+    until(lambda: sum(len(state.new_pages) for state in pair.decode._requests.values()) >= NUM_CHUNKS - 1)
     gate.open()
-    steps = asking.receipt()["plan"]["refinements"]
-    assert [step["after_tokens"] for step in steps] == list(range(2, NUM_CHUNKS + 2))
+    steps = [step["after_tokens"] for step in asking.receipt()["plan"]["refinements"]]
+    assert len(steps) == NUM_CHUNKS and steps == sorted(set(steps)), "two were copied between two steps"
 
 
 def test_refinements_that_a_first_token_waits_for_are_decoded_before_those_of_running_answers(

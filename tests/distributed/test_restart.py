@@ -17,7 +17,7 @@ from typing import Any
 import httpx
 import pytest
 
-LATEST_S = 120.0
+LATEST_S = 300.0
 PROMPT, ANSWER = 1500, 4
 
 
@@ -129,7 +129,7 @@ def start(folder: Path) -> Server:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_warm_prefix_survives_the_death_of_the_whole_server(folder: Path) -> None:
     tokens = prompt(PROMPT, seed=1)
     server = start(folder)
