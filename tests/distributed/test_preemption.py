@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import random
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -25,17 +26,43 @@ def prompt(length: int, seed: int) -> list[int]:
 
 
 def preempt(worker: DecodeWorker, *, times: int = 1) -> None:
-    """The only request gives way and is admitted again, so many times at once."""
-    with worker._lock:
-        (key,) = worker._requests
-        sequence = worker._scheduler.get(key)
-        assert sequence is not None
-        while sequence.pins:
-            worker._lock.wait(0.001)
-        for _ in range(times):
-            now = time.monotonic()
-            worker._holders.spill(worker._scheduler.preempt(key, now), now)
-            worker._holders.admit(now)
+    """The only request gives way and is admitted again, so many times at once. With the lock held, between steps."""
+    (key,) = worker._requests
+    sequence = worker._scheduler.get(key)
+    assert sequence is not None
+    while sequence.pins:
+        worker._lock.wait(0.001)
+    for _ in range(times):
+        now = time.monotonic()
+        worker._holders.spill(worker._scheduler.preempt(key, now), now)
+        worker._holders.admit(now)
+
+
+def between_steps(worker: DecodeWorker, *acts: tuple[Callable[[], bool], Callable[[], None]]) -> None:
+    """(when, act), one after the other: in the engine's thread, with the lock held, so that no answer runs on."""
+    waiting, before_step = list(acts), worker._holders.before_step
+
+    def hook(now: float) -> None:
+        if waiting and waiting[0][0]():
+            waiting.pop(0)[1]()
+        before_step(now)
+
+    worker._holders.before_step = hook  # type: ignore[method-assign]
+
+
+def has_generated(worker: DecodeWorker, num_tokens: int) -> Callable[[], bool]:
+    """All requests together more than so many."""
+    return lambda: sum(len(sequence.output) for sequence in worker._scheduler.all()) > num_tokens
+
+
+def when_kept(worker: DecodeWorker, act: Callable[[], None]) -> Callable[[], None]:
+    """Once all that is offered to the store is in it."""
+
+    def kept() -> None:
+        assert worker.source is not None and worker.source.wait_until_idle(LATEST_S)
+        act()
+
+    return kept
 
 
 @pytest.fixture(params=["pages and store", "pages", "store", "neither"])
@@ -89,12 +116,12 @@ def test_a_preempted_request_that_is_cancelled_leaves_nothing(pair: Pair) -> Non
 
 def test_a_request_that_is_preempted_while_it_fills_again_keeps_only_what_is_there(pair: Pair) -> None:
     tokens = prompt(200, seed=15)
-    asking, worker = pair.begin(tokens, max_tokens=500, with_source=False), pair.decode
-    until(lambda: len(asking.tokens) > 20)
-    for _ in range(2):
-        preempt(worker, times=2)  # the second time nothing has come yet
+    worker = pair.decode
+    twice = lambda: preempt(worker, times=2)  # noqa: E731 - the second time nothing has come yet
+    between_steps(worker, (has_generated(worker, 20), twice), (lambda: bool(worker._scheduler.all()), twice))
+    asking = pair.begin(tokens, max_tokens=200, with_source=False)
     assert asking.receipt()["preemptions"] == 4
-    assert asking.tokens == pair.reference(tokens, 500)
+    assert asking.tokens == pair.reference(tokens, 200)
 
 
 def test_the_more_urgent_is_not_preempted(pair: Pair) -> None:
@@ -112,10 +139,8 @@ def test_a_floor_above_the_policys_levels_does_not_turn_away_who_was_accepted() 
     policy = SLOPolicy(ttft_s=30.0, levels=("q1",), floor="q1", allow_recompute=False)
     with running_pair(policy=policy, chunk_tokens=CHUNK, num_blocks=NUM_BLOCKS, store=ChunkStore(64 << 20)) as pair:
         tokens, worker = prompt(20, seed=16), pair.decode
+        between_steps(worker, (has_generated(worker, 2 * CHUNK), when_kept(worker, lambda: preempt(worker))))
         asking = pair.begin(tokens, max_tokens=200, with_source=False, floor="lossless")
-        until(lambda: len(asking.tokens) > 2 * CHUNK)
-        assert worker.source is not None and worker.source.wait_until_idle(LATEST_S)
-        preempt(worker)
         assert asking.receipt()["preemptions"] == 1
         assert asking.tokens == pair.reference(tokens, 200)
         pair.check()
@@ -126,8 +151,18 @@ def test_a_more_urgent_arrival_does_not_wait_for_the_pages_of_batch_jobs(pair: P
     jobs = [prompt(190 + 4 * i, seed=30 + i) for i in range(3)]
     urgent = prompt(300, seed=40)
     expected = [pair.reference(tokens, 400) for tokens in jobs]
+    worker, stopped = pair.decode, threading.Event()
+
+    def hold() -> None:
+        stopped.set()
+        deadline = time.monotonic() + LATEST_S
+        while len(worker._requests) < 4:
+            assert time.monotonic() < deadline
+            worker._lock.wait(0.01)
+
+    between_steps(worker, (has_generated(worker, 250), hold))  # 850 of 1,024 tokens, and the jobs are not half done
     begun = [pair.begin(tokens, max_tokens=400, with_source=False, priority=5) for tokens in jobs]
-    until(lambda: sum(len(job.tokens) for job in begun) > 250)  # 850 of 1,024 tokens, and the jobs are not half done
+    assert stopped.wait(LATEST_S)
     answer = pair.begin(urgent, max_tokens=4, with_source=False, priority=-5)
     assert answer.receipt()["preemptions"] == 0
     assert all(job.end is None for job in begun), "none of them had to end for it"
@@ -141,10 +176,8 @@ def test_a_policy_that_rejects_what_comes_late_does_not_reject_the_rest_of_an_an
     policy = SLOPolicy(ttft_s=0.001, levels=("lossless",), floor="lossless", infeasible="reject")
     with running_pair(policy=policy, chunk_tokens=CHUNK, num_blocks=NUM_BLOCKS, store=ChunkStore(64 << 20)) as pair:
         tokens, worker = prompt(200, seed=17), pair.decode
+        between_steps(worker, (has_generated(worker, CHUNK), when_kept(worker, lambda: preempt(worker))))
         asking = pair.begin(tokens, max_tokens=200, with_source=False)  # without a source nothing is rejected
-        until(lambda: len(asking.tokens) > CHUNK)
-        assert worker.source is not None and worker.source.wait_until_idle(LATEST_S)
-        preempt(worker)
         assert asking.receipt()["preemptions"] == 1
         assert asking.tokens == pair.reference(tokens, 200)
         pair.check()
@@ -156,10 +189,9 @@ def test_who_says_how_the_prompt_is_to_be_had_comes_back_too(options: dict[str, 
     if "plan" in options:
         options = {"plan": {**options["plan"], "chunk_tokens": CHUNK, "refinements": []}}
     with running_pair(policy=EXACT_ONLY, chunk_tokens=CHUNK, num_blocks=NUM_BLOCKS) as pair:
-        tokens = prompt(200, seed=18)
+        tokens, worker = prompt(200, seed=18), pair.decode
+        between_steps(worker, (has_generated(worker, 2 * CHUNK), lambda: preempt(worker)))
         asking = pair.begin(tokens, max_tokens=150, **options)
-        until(lambda: len(asking.tokens) > 2 * CHUNK)
-        preempt(pair.decode)
         assert asking.receipt()["preemptions"] == 1
         assert asking.tokens == pair.reference(tokens, 150)
         pair.check()
