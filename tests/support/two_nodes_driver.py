@@ -27,7 +27,15 @@ async def questions(base_url: str) -> list[dict]:
 
 
 def main() -> None:
-    config = ServeConfig(address=sys.argv[1], host=sys.argv[2], port=0, threads=1, policy=SLOPolicy(ttft_s=0.0))
+    # Pure roles: what is asked has to cross the link.
+    config = ServeConfig(
+        address=sys.argv[1],
+        host=sys.argv[2],
+        port=0,
+        threads=1,
+        prefill_decodes=False,
+        policy=SLOPolicy(ttft_s=0.0),
+    )
     with running_cluster(config) as cluster:
         results = asyncio.run(questions(cluster.base_url))
     print("RESULT " + json.dumps(results), flush=True)
