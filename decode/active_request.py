@@ -10,6 +10,7 @@ from typing import Any
 from decode.blob_decoder import NewPages
 from decode.fill_chunks import CACHED
 from decode.page_rings import SavedPages
+from decode.page_table import PageTable
 from decode.puller import Fill, Source
 from decode.receipt import Timeline, build_receipt
 from decode.requests import GenerationRequest
@@ -17,7 +18,7 @@ from decode.sampling_state import SamplingState
 from decode.scheduler import Phase, Sequence
 from decode.slo import SLOPolicy
 from decode.stored_front import StoredFront
-from decode.tagged_pages import PageTable, TaggedPages
+from decode.tagged_pages import TaggedPages
 from prefill.chunks import KeyChain
 from prefill.page_quality import EXACT
 

@@ -17,12 +17,13 @@ from decode.blob_decoder import NewPages
 from decode.estimator import ComputeEstimator
 from decode.fill_loading import IDLE_ENGINE, EngineLoad
 from decode.logprobs import NoTokenAllowed
+from decode.page_table import PageTable
 from decode.requests import TokenLogprobs
 from decode.sampling import Drawn
 from decode.scheduler import Phase, Row, Scheduler, Sequence
 from decode.step_outcome import Outcome, outcomes, scores_prompt
 from decode.step_times import StepTimes
-from decode.tagged_pages import PageTable, TaggedPages
+from decode.tagged_pages import TaggedPages
 from prefill.engine import SequenceSlice
 from prefill.runtime import ModelRuntime
 

@@ -10,9 +10,10 @@ from typing import Protocol
 
 from decode.active_request import ActiveRequest
 from decode.admission_times import AdmissionTimes
+from decode.page_table import PageTable
 from decode.scheduler import Lack, Phase, Scheduler, SchedulingPolicy, Sequence, Waiting
 from decode.scheduling_policy import MAX_SEQUENCES
-from decode.tagged_pages import PageTable, TaggedPages
+from decode.tagged_pages import TaggedPages
 from prefill.block_pool import PoolExhausted
 from prefill.quantized_rings import RingsExhausted
 

@@ -8,15 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from decode.page_table import PageTable
 from prefill.quantized_pool import QuantizedKVPool, Snapshot
 from prefill.runtime import SAVED_SHARE, recents_of
-
-if TYPE_CHECKING:
-    from decode.tagged_pages import PageTable
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

@@ -8,36 +8,17 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from decode.page_rings import PageRings, SavedPages
+from decode.page_table import PageTable
 from decode.startup import promised_kl
 from prefill.chunks import KeyChain, chunk_key
 from prefill.page_quality import EXACT, UNKNOWN, PageQuality
 from prefill.quantized_pool import QuantizedKVPool, Recents
 from prefill.runtime import ModelRuntime
 from prefill.window_layers import whole_from
-
-
-@dataclass(slots=True, kw_only=True, eq=False)
-class PageTable:
-    """The pages of one sequence. blocks: in the sequence's order. cached_tokens: of its front, those whose KV was there
-    already. chain: the keys of its tokens so far. max_kl: how good KV must be that it takes from others, nats a token;
-    None: it takes none, and gives none. num_known: how many of its blocks others may find.
-
-    Of quantized pages: ring: of its recent tokens. recents: by position, the last tokens of the loaded chunk before it
-    as they came. recent_kl: the worst KV that tokens were computed on, while they stand in the ring alone."""
-
-    blocks: list[int]
-    chain: KeyChain
-    max_kl: float | None
-    cached_tokens: int = 0
-    num_known: int = 0
-    ring: int | None = None
-    recents: dict[int, Recents] = field(default_factory=dict)
-    recent_kl: float = EXACT
 
 
 class TaggedPages:

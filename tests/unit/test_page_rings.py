@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from codec.profile import Promise
-from decode.tagged_pages import PageTable, TaggedPages
+from decode.page_table import PageTable
+from decode.tagged_pages import TaggedPages
 from prefill.block_pool import BlockPool, PoolExhausted
 from prefill.errors import ModelRefused
 from prefill.kv_layout import KVLayout

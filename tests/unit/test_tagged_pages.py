@@ -10,7 +10,8 @@ import torch
 from exact_pages import exact_runtime
 
 from codec.profile import Promise
-from decode.tagged_pages import PageTable, TaggedPages
+from decode.page_table import PageTable
+from decode.tagged_pages import TaggedPages
 from prefill.block_pool import PoolExhausted
 from prefill.page_quality import PageQuality
 from prefill.window_layers import layers_seen
