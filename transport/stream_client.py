@@ -203,10 +203,16 @@ class StreamClient:
 
     def _work(self) -> None:
         """Send and read until there is nothing more to do. ZeroMQ's descriptor tells of changes only, and any call on
-        the socket may consume one, so this always goes on to EAGAIN in both directions."""
+        the socket may consume one: reading in vain, that of a connection which one could send on by now. So what is
+        possible is asked for at the end."""
         self._watch()
         for _ in range(WORK_BATCH):
-            if self._socket is None or not (self._send_one() | self._read_one()):
+            if self._socket is None:
+                return
+            if self._send_one() | self._read_one() or self._socket is None:
+                continue
+            events = int(self._socket.getsockopt(zmq.EVENTS))
+            if not (events & zmq.POLLIN or (self._outbox and events & zmq.POLLOUT)):
                 return
         assert self._loop is not None
         self._loop.call_soon(self._work)  # the other tasks of this loop get their turn
