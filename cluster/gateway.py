@@ -239,6 +239,7 @@ class Gateway:
         try:
             workers = await asyncio.wait_for(self._backend.metrics_text(), HEALTH_TIMEOUT_S)
         except Exception:
+            # Whatever it was: the gateway's own figures are worth more with a hole than not at all.
             log.exception("no metrics from the workers")
             workers = ""
         return Response(self._metrics.text() + workers, media_type="text/plain; version=0.0.4")
